@@ -1,0 +1,1 @@
+"""Haiku modules as Flax modules."""

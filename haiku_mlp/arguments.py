@@ -1,0 +1,157 @@
+"""The MLP's arguments: what is accepted, in which form it is kept, what is refused."""
+
+import functools
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Activation = Callable[[jax.Array], jax.Array]
+Activations = Activation | Iterable[Activation | None] | None
+
+
+def check(
+    *,
+    hidden_dims: Any,
+    hidden_dims_alpha: Any,
+    param_dtype: Any,
+    hidden_activations: Any,
+    output_activation: Any,
+    use_hidden_bias: Any,
+    use_output_bias: Any,
+    precision: Any,
+    kernel_init: Any,
+    bias_init: Any,
+) -> dict[str, Any]:
+    """Returns the arguments, those that take a sequence as tuples, or raises.
+
+    Raises:
+      ValueError: Both sizes are given, a size is not positive, the number of
+        activations is not that of the hidden layers, or the precision is unknown.
+      TypeError: The dtype is unknown, or an activation or initializer is not callable.
+    """
+    if hidden_dims is not None and hidden_dims_alpha is not None:
+        raise ValueError(
+            f"hidden_dims and hidden_dims_alpha are both given ({hidden_dims!r}, "
+            f"{hidden_dims_alpha!r}): give only one"
+        )
+    dims = None if hidden_dims is None else tuple(map(size, _items(hidden_dims)))
+    alpha = None if hidden_dims_alpha is None else tuple(map(_ratio, _items(hidden_dims_alpha)))
+    num_hidden = len(dims or alpha or ())
+    _check_dtype(param_dtype)
+    if isinstance(precision, list):
+        precision = tuple(precision)
+    _check_precision(precision)
+    _check_activation("output_activation", output_activation)
+    _check_initializer("kernel_init", kernel_init)
+    if (use_hidden_bias and num_hidden) or use_output_bias:
+        _check_initializer("bias_init", bias_init)
+    return {
+        "hidden_dims": dims,
+        "hidden_dims_alpha": alpha,
+        "param_dtype": param_dtype,
+        "hidden_activations": _activations(hidden_activations, num_hidden),
+        "output_activation": output_activation,
+        "use_hidden_bias": use_hidden_bias,
+        "use_output_bias": use_output_bias,
+        "precision": precision,
+        "kernel_init": kernel_init,
+        "bias_init": bias_init,
+    }
+
+
+def size(value: Any, name: str = "hidden_dims") -> int:
+    """Returns ``value`` as a positive int."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name} must be positive integers, got {value!r}: give for instance 8")
+    return number
+
+
+def for_each_layer(activations: Any, num_hidden: int) -> tuple[Activation | None, ...]:
+    """Returns one activation (or None) for each hidden layer."""
+    return activations if _is_sequence(activations) else (activations,) * num_hidden
+
+
+def _ratio(value: Any) -> float:
+    try:
+        valid = float(value) > 0
+    except (TypeError, ValueError):
+        valid = False
+    if not valid:
+        raise ValueError(
+            f"hidden_dims_alpha must be positive numbers (units per input), got {value!r}: "
+            "give for instance 2"
+        )
+    return value
+
+
+def _activations(activations: Any, num_hidden: int) -> Any:
+    if not _is_sequence(activations):
+        _check_activation("hidden_activations", activations)
+        return activations
+    activations = tuple(activations)
+    if len(activations) != num_hidden:
+        raise ValueError(
+            f"hidden_activations has {len(activations)} entries for {num_hidden} hidden layers: "
+            "give one for each layer, or a single callable for all"
+        )
+    for activation in activations:
+        _check_activation("hidden_activations", activation)
+    return activations
+
+
+def _check_activation(name: str, activation: Any) -> None:
+    # NetKet skips whatever is false; only a callable that is false is meant.
+    if activation is not None and not callable(activation) and activation:
+        raise TypeError(
+            f"{name} must be callable or None, got {activation!r}: give for instance jax.nn.gelu"
+        )
+
+
+def _check_initializer(name: str, init: Any) -> None:
+    if not callable(init):
+        raise TypeError(
+            f"{name} must be an initializer (key, shape, dtype), got {init!r}: "
+            "give for instance jax.nn.initializers.lecun_normal()"
+        )
+
+
+def _check_dtype(dtype: Any) -> None:
+    try:
+        jnp.dtype(dtype)
+    except TypeError:
+        raise TypeError(
+            f"param_dtype must be a dtype, got {dtype!r}: give for instance jnp.float64"
+        ) from None
+
+
+@functools.cache
+def _check_precision(precision: Any) -> None:
+    if precision is None:
+        return
+    # JAX keeps its own check private; dot runs it when it is traced.
+    matrix = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    try:
+        jax.eval_shape(functools.partial(jax.lax.dot, precision=precision), matrix, matrix)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "precision must be a jax.lax.Precision, its name, a pair of them or None, "
+            f"got {precision!r}: give for instance 'highest'"
+        ) from error
+
+
+def _is_sequence(activations: Any) -> bool:
+    # A callable counts as one activation even where it has a length.
+    return isinstance(activations, Iterable) and not callable(activations)
+
+
+def _items(value: Any) -> tuple[Any, ...]:
+    """Returns the entries of a sequence, iterator or array; a scalar is one entry."""
+    is_scalar = not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0
+    return (value,) if is_scalar else tuple(value)

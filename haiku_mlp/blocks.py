@@ -1,0 +1,137 @@
+"""The layers of a multi-layer perceptron, as many outputs wide as wanted."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+
+from haiku_mlp import arguments
+from haiku_mlp.arguments import Activation, Activations
+from haiku_mlp.initializers import Initializer, default_bias_init, default_kernel_init
+from haiku_mlp.linear import Linear
+
+
+class MLP(hk.Module):
+    """A multi-layer perceptron with ``output_dim`` outputs.
+
+    The block of which :class:`haiku_mlp.MLP` is made; the same model as
+    ``netket.nn.blocks.MLP``, with its defaults.
+
+    Args:
+      output_dim: Number of outputs.
+      hidden_dims: Sizes of the hidden layers: an int, or one for each layer.
+      hidden_dims_alpha: Sizes of the hidden layers as multiples of the input size
+        (rounded down), in place of ``hidden_dims``.  Neither: one linear layer.
+      param_dtype: dtype of the parameters; a 64-bit one becomes its 32-bit
+        counterpart where x64 is off.
+      hidden_activations: Activation after each hidden layer: one callable for all,
+        or one (or None) for each.  None: no activation.
+      output_activation: Activation after the output layer, or None.
+      use_hidden_bias: Whether the hidden layers have a bias.
+      use_output_bias: Whether the output layer has a bias.
+      precision: As for :func:`jax.lax.dot_general`.
+      kernel_init: Initializer of the weights, JAX's ``(key, shape, dtype)`` or Haiku's
+        ``(shape, dtype)``.
+      bias_init: Initializer of the biases.
+      name: Name of the module.
+
+    Raises:
+      ValueError: Both sizes are given, a size is not positive, or the number of
+        activations is not that of the hidden layers.
+      TypeError: An argument has the wrong type.
+
+    Source: `Multi-layer perceptron of NetKet
+    <https://netket.readthedocs.io/en/latest/api/_generated/models/netket.models.MLP.html>`_.
+
+    Example::
+
+      >>> import haiku as hk, jax, jax.numpy as jnp
+      >>> from haiku_mlp import blocks
+      >>> net = hk.transform(lambda x: blocks.MLP(2, hidden_dims=(8,), name="head")(x))
+      >>> params = net.init(jax.random.key(0), jnp.ones((5, 3)))
+      >>> list(params)
+      ['head/linear_0', 'head/linear_1']
+      >>> net.apply(params, None, jnp.ones((5, 3))).shape
+      (5, 2)
+    """
+
+    def __init__(
+        self,
+        output_dim: int = 1,
+        hidden_dims: int | Iterable[int] | None = None,
+        hidden_dims_alpha: float | Iterable[float] | None = None,
+        param_dtype: Any = jnp.float64,
+        hidden_activations: Activations = jax.nn.gelu,
+        output_activation: Activation | None = None,
+        use_hidden_bias: bool = True,
+        use_output_bias: bool = True,
+        precision: Any = None,
+        kernel_init: Initializer = default_kernel_init,
+        bias_init: Initializer = default_bias_init,
+        name: str | None = None,
+    ):
+        super().__init__(name=name)
+        checked = arguments.check(
+            hidden_dims=hidden_dims,
+            hidden_dims_alpha=hidden_dims_alpha,
+            param_dtype=param_dtype,
+            hidden_activations=hidden_activations,
+            output_activation=output_activation,
+            use_hidden_bias=use_hidden_bias,
+            use_output_bias=use_output_bias,
+            precision=precision,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+        )
+        self.output_dim = arguments.size(output_dim, "output_dim")
+        self.hidden_dims = checked["hidden_dims"]
+        self.hidden_dims_alpha = checked["hidden_dims_alpha"]
+        self.param_dtype = param_dtype
+        self.hidden_activations = checked["hidden_activations"]
+        self.output_activation = output_activation
+        self.use_hidden_bias = use_hidden_bias
+        self.use_output_bias = use_output_bias
+        self.precision = checked["precision"]
+        self.kernel_init = kernel_init
+        self.bias_init = bias_init
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns ``(..., output_dim)`` for inputs ``(..., N)``."""
+        for linear, activation in _layers(self, jnp.shape(x)[-1]):
+            x = linear(x)
+            x = activation(x) if callable(activation) else x
+        return x
+
+
+def _layers(block: MLP, input_size: int) -> list[tuple[Linear, Activation | None]]:
+    """Returns the layers with their activations, first to last."""
+    sizes = _hidden_sizes(block, input_size)
+    use_bias = (*[block.use_hidden_bias] * len(sizes), block.use_output_bias)
+    layers = [
+        Linear(
+            size,
+            use_bias=bias,
+            param_dtype=block.param_dtype,
+            precision=block.precision,
+            kernel_init=block.kernel_init,
+            bias_init=block.bias_init,
+            name=f"linear_{i}",
+        )
+        for i, (size, bias) in enumerate(zip((*sizes, block.output_dim), use_bias, strict=True))
+    ]
+    hidden_activations = arguments.for_each_layer(block.hidden_activations, len(sizes))
+    return list(zip(layers, (*hidden_activations, block.output_activation), strict=True))
+
+
+def _hidden_sizes(block: MLP, input_size: int) -> tuple[int, ...]:
+    if block.hidden_dims_alpha is None:
+        return block.hidden_dims or ()
+    sizes = tuple(int(alpha * input_size) for alpha in block.hidden_dims_alpha)
+    if min(sizes, default=1) < 1:
+        raise ValueError(
+            f"hidden_dims_alpha={block.hidden_dims_alpha} gives layers of {sizes} units for "
+            f"{input_size} inputs: each must have at least 1"
+        )
+    return sizes

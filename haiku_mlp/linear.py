@@ -1,0 +1,97 @@
+"""One affine layer."""
+
+from typing import Any
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+
+from haiku_mlp.initializers import (
+    Initializer,
+    as_haiku_initializer,
+    default_bias_init,
+    default_kernel_init,
+)
+
+
+class Linear(hk.Module):
+    """An affine map ``x @ w + b`` of the last axis.
+
+    Unlike :class:`haiku.Linear` the parameters have a dtype of their own, and input,
+    weights and bias are promoted together, so int8 spins meet float64 or complex
+    weights as in ``flax.linen.Dense``, whose operations it does in the same order.
+
+    Args:
+      output_size: Number of outputs.
+      use_bias: Whether to add ``b``.
+      param_dtype: dtype of ``w`` and ``b``; a 64-bit one becomes its 32-bit counterpart
+        where x64 is off.
+      precision: As for :func:`jax.lax.dot_general`.
+      kernel_init: Initializer of ``w``, JAX's ``(key, shape, dtype)`` or Haiku's.
+      bias_init: Initializer of ``b``.
+      name: Name of the module.
+
+    Example::
+
+      >>> import haiku as hk, jax, jax.numpy as jnp
+      >>> from haiku_mlp.linear import Linear
+      >>> net = hk.transform(lambda x: Linear(3, param_dtype=jnp.float32)(x))
+      >>> spins = jnp.ones((5, 4), jnp.int8)
+      >>> params = net.init(jax.random.key(0), spins)
+      >>> jax.tree.map(jnp.shape, params)
+      {'linear': {'b': (3,), 'w': (4, 3)}}
+      >>> net.apply(params, None, spins).shape
+      (5, 3)
+    """
+
+    def __init__(
+        self,
+        output_size: int,
+        use_bias: bool = True,
+        param_dtype: Any = jnp.float64,
+        precision: Any = None,
+        kernel_init: Initializer = default_kernel_init,
+        bias_init: Initializer = default_bias_init,
+        name: str | None = None,
+    ):
+        super().__init__(name=name)
+        self.output_size = output_size
+        self.use_bias = use_bias
+        self.param_dtype = jax.dtypes.canonicalize_dtype(param_dtype)
+        self.precision = precision
+        self.kernel_init = kernel_init
+        self.bias_init = bias_init
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Returns ``(..., output_size)`` for inputs ``(..., input_size)``."""
+        w, b = _parameters(self, jnp.shape(inputs)[-1])
+        inputs, w, b = _promote(inputs, w, b)
+        contract_last = (((inputs.ndim - 1,), (0,)), ((), ()))
+        out = jax.lax.dot_general(inputs, w, contract_last, precision=self.precision)
+        return out if b is None else out + jnp.reshape(b, (1,) * (out.ndim - 1) + (-1,))
+
+    def parameters(self, input_size: int) -> tuple[jax.Array, jax.Array | None]:
+        """Returns ``w (input_size, output_size)`` and ``b (output_size,)``, or None for ``b``."""
+        return _parameters(self, input_size)
+
+
+def _parameters(layer: Linear, input_size: int) -> tuple[jax.Array, jax.Array | None]:
+    shape = (input_size, layer.output_size)
+    w_init = as_haiku_initializer(layer.kernel_init)
+    w = hk.get_parameter("w", shape, layer.param_dtype, w_init)
+    if not layer.use_bias:
+        return w, None
+    b_init = as_haiku_initializer(layer.bias_init)
+    return w, hk.get_parameter("b", (layer.output_size,), layer.param_dtype, b_init)
+
+
+def _promote(
+    inputs: jax.Array, w: jax.Array, b: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Casts all to their common inexact dtype."""
+    arrays = [jnp.asarray(x) for x in (inputs, w, b) if x is not None]
+    dtype = jnp.result_type(*arrays)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        dtype = jnp.promote_types(jnp.float32, dtype)
+    inputs, w, *bias = (jnp.asarray(x, dtype) for x in arrays)
+    return inputs, w, bias[0] if bias else None
