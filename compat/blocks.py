@@ -1,0 +1,141 @@
+"""The Flax faces of the MLP's parts."""
+
+from collections.abc import Callable
+from typing import Any
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.core import Scope
+
+import haiku_mlp
+from haiku_mlp import arguments
+from haiku_mlp.initializers import default_bias_init, default_kernel_init
+
+from .module import Mirrored
+from .params import Names
+
+FIELDS = (
+    "hidden_dims",
+    "hidden_dims_alpha",
+    "param_dtype",
+    "hidden_activations",
+    "output_activation",
+    "use_hidden_bias",
+    "use_output_bias",
+    "precision",
+    "kernel_init",
+    "bias_init",
+)
+
+
+class Perceptron(Mirrored):
+    """What the MLP and its block share: the check of their fields, and NetKet's names."""
+
+    def __post_init__(self) -> None:
+        for name, value in arguments.check(**self._fields()).items():
+            object.__setattr__(self, name, value)
+        super().__post_init__()
+
+    @nn.nowrap
+    def _fields(self) -> dict[str, Any]:
+        """Returns the fields that both have, by name."""
+        return {name: getattr(self, name) for name in FIELDS}
+
+    @nn.nowrap
+    def _names(self) -> Names:
+        return Names(root="mlp", netket=True)
+
+    @nn.nowrap
+    def _row(self, module: hk.Module | type[hk.Module], scope: Scope) -> Mirrored:
+        if type(module) is haiku_mlp.blocks.MLP:
+            fields = {name: getattr(module, name) for name in FIELDS}
+            return MLP(module.output_dim, **fields, parent=scope, name=scope.name)
+        if type(module) is haiku_mlp.Linear:
+            return Dense(
+                module.output_size,
+                use_bias=module.use_bias,
+                param_dtype=module.param_dtype,
+                precision=module.precision,
+                kernel_init=module.kernel_init,
+                bias_init=module.bias_init,
+                parent=scope,
+                name=scope.name,
+            )
+        return super()._row(module, scope)
+
+
+class Dense(Mirrored, nn.Dense, haiku=haiku_mlp.Linear):
+    """An affine layer of the MLP: a ``flax.linen.Dense`` computed by Haiku."""
+
+    @nn.nowrap
+    def _names(self) -> Names:
+        return Names(root="linear_0", netket=True)
+
+    @nn.nowrap
+    def _haiku(self) -> haiku_mlp.Linear:
+        return haiku_mlp.Linear(
+            self.features,
+            self.use_bias,
+            self.param_dtype,
+            self.precision,
+            self.kernel_init,
+            self.bias_init,
+            name="linear_0",
+        )
+
+
+class MLP(Perceptron, haiku=haiku_mlp.blocks.MLP):
+    """A multi-layer perceptron with ``output_dim`` outputs, a Flax module.
+
+    :class:`haiku_mlp.blocks.MLP` with the fields and the parameter tree of
+    ``netket.nn.blocks.MLP``: ``Dense_0``, ``Dense_1``, ... with ``kernel`` and ``bias``.
+
+    Raises:
+      ValueError: Both sizes are given, a size is not positive, the number of
+        activations is not that of the hidden layers, or the precision is unknown.
+      TypeError: The dtype is unknown, or an activation or initializer is not callable.
+
+    Example::
+
+      >>> import jax, jax.numpy as jnp
+      >>> import compat
+      >>> block = compat.blocks.MLP(output_dim=2, hidden_dims=(8,))
+      >>> variables = block.init(jax.random.key(0), jnp.ones((5, 3)))
+      >>> jax.tree.map(jnp.shape, variables["params"]["Dense_1"])
+      {'bias': (2,), 'kernel': (8, 2)}
+      >>> block.apply(variables, jnp.ones((5, 3))).shape
+      (5, 2)
+    """
+
+    output_dim: int = 1
+    """Number of outputs."""
+    hidden_dims: int | tuple[int, ...] | None = None
+    """Sizes of the hidden layers: an int, or one for each layer."""
+    hidden_dims_alpha: float | tuple[float, ...] | None = None
+    """Sizes of the hidden layers as multiples of the input size, in place of ``hidden_dims``."""
+    param_dtype: Any = jnp.float64
+    """dtype of the parameters; a 64-bit one becomes 32-bit where x64 is off."""
+    hidden_activations: Callable | tuple[Callable | None, ...] | None = jax.nn.gelu
+    """Activation after each hidden layer: one for all, or one (or None) for each."""
+    output_activation: Callable | None = None
+    """Activation after the output layer."""
+    use_hidden_bias: bool = True
+    """Whether the hidden layers have a bias."""
+    use_output_bias: bool = True
+    """Whether the output layer has a bias."""
+    precision: Any = None
+    """Precision of the products, see :class:`jax.lax.Precision`."""
+    kernel_init: Callable = default_kernel_init
+    """Initializer of the weights, ``(key, shape, dtype)``."""
+    bias_init: Callable = default_bias_init
+    """Initializer of the biases, ``(key, shape, dtype)``."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "output_dim", arguments.size(self.output_dim, "output_dim"))
+        super().__post_init__()
+
+    @nn.nowrap
+    def _haiku(self) -> haiku_mlp.blocks.MLP:
+        return haiku_mlp.blocks.MLP(self.output_dim, **self._fields())

@@ -1,0 +1,130 @@
+"""Intermediate values of Haiku code as Flax variables: ``perturb`` and ``sow``."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from .mirror import running
+
+
+def perturb(name: str, value: Any, collection: str = "perturbations") -> Any:
+    """Adds a zero variable to an intermediate value inside Haiku code.
+
+    The gradient with respect to the variable is that with respect to the value, as for
+    :meth:`flax.linen.Module.perturb`.  The variable belongs to the Haiku module that
+    is running.  Under plain ``hk.transform``, and inside ``hk.scan``, ``hk.vmap`` and
+    the like, ``value`` is returned as it is.
+
+    Args:
+      name: Name of the variable.
+      value: An array or a tree of arrays.
+      collection: Collection of the variable.
+
+    Returns:
+      ``value`` plus the variable, where there is one.
+
+    Example::
+
+      >>> import haiku as hk, jax, jax.numpy as jnp
+      >>> import compat
+      >>> def f(x):
+      ...     return (compat.perturb("square", x**2) * 3).sum()
+      >>> model = compat.HaikuFunction(f)
+      >>> variables = model.init(jax.random.key(0), jnp.ones(2))
+      >>> jax.grad(model.apply)(variables, jnp.ones(2))
+      {'perturbations': {'square': Array([3., 3.], dtype=float32)}}
+    """
+    mirror = running()
+    if mirror is None:
+        return value
+    return mirror.module(hk.current_name()).perturb(name, value, collection)
+
+
+def sow(collection: str, name: str, value: Any) -> bool:
+    """Stores an intermediate value of Haiku code in a collection.
+
+    As :meth:`flax.linen.Module.sow`: repeated values append to a tuple.  Does nothing
+    where :func:`perturb` does nothing.
+
+    Args:
+      collection: The collection; stored only where it is mutable.
+      name: Name of the value.
+      value: Any tree of arrays.
+
+    Returns:
+      Whether the value was stored.
+
+    Example::
+
+      >>> import jax.numpy as jnp
+      >>> import compat
+      >>> model = compat.HaikuFunction(lambda x: compat.sow("intermediates", "mean", x.mean()))
+      >>> _, variables = model.apply({}, jnp.arange(3.0), mutable=["intermediates"])
+      >>> variables
+      {'intermediates': {'mean': (Array(1., dtype=float32),)}}
+    """
+    mirror = running()
+    if mirror is None:
+        return False
+    return mirror.module(hk.current_name()).sow(collection, name, value)
+
+
+@contextlib.contextmanager
+def perturb_outputs(collection: str = "perturbations") -> Iterator[None]:
+    """Perturbs the output of each module call inside, under the name of the method.
+
+    Gradients of every intermediate value, without an edit of the model.  Outputs that
+    have no gradient (integers, keys) are left alone.  Calls of one method that have the
+    same shapes share a variable, and their gradients sum.
+
+    Args:
+      collection: Collection of the variables.
+
+    Example::
+
+      >>> import jax, jax.numpy as jnp
+      >>> import compat
+      >>> model, x = compat.MLP(hidden_dims=(2,)), jnp.ones((1, 3))
+      >>> with compat.perturb_outputs():
+      ...     variables = model.init(jax.random.key(0), x)
+      ...     grads = jax.grad(lambda v: model.apply(v, x).sum())(variables)
+      >>> jax.tree.map(jnp.shape, grads["perturbations"]["MLP_0"]["Dense_0"])
+      {'__call__': (1, 2)}
+    """
+
+    def interceptor(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        output = next_fun(*args, **kwargs)
+        if context.module.scope is None:
+            return output
+        leaves, treedef = jax.tree.flatten(output)
+        inexact = [i for i, leaf in enumerate(leaves) if _has_gradient(leaf)]
+        if not inexact:
+            return output
+        for i in inexact:
+            suffix = "" if treedef == jax.tree.structure(0) else f"_{i}"
+            name = _variable_name(
+                context.module, collection, context.method_name + suffix, leaves[i]
+            )
+            leaves[i] = context.module.perturb(name, leaves[i], collection)
+        return jax.tree.unflatten(treedef, leaves)
+
+    with nn.intercept_methods(interceptor):
+        yield
+
+
+def _has_gradient(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def _variable_name(module: nn.Module, collection: str, name: str, value: jax.Array) -> str:
+    """Returns ``name``, numbered while a variable of another shape has it."""
+    candidate, number = name, 0
+    while jnp.shape(module.get_variable(collection, candidate, value)) != value.shape:
+        number += 1
+        candidate = f"{name}_{number}"
+    return candidate

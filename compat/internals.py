@@ -1,0 +1,52 @@
+"""The private names of Haiku and Flax in use, each alone in one function, with the reason.
+
+``tests/test_internals.py`` fails when one of them moves.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import haiku as hk
+from flax.linen import module as flax_module
+from haiku._src import base as haiku_base
+
+
+def haiku_context() -> object:
+    """Returns the Haiku transform that is running, an object of its own for each run.
+
+    A transform inside another (``hk.lift``, ``hk.transform`` in Haiku code) names its
+    modules afresh; no public function tells it from the outer one.
+    """
+    return haiku_base.current_context()
+
+
+def is_missing_rng(error: Exception) -> bool:
+    """Returns whether Haiku raised ``error`` because it had no random key to draw from.
+
+    Haiku exports no class of its own for that error.
+    """
+    return isinstance(error, haiku_base.MissingRNGError)
+
+
+def original_function(transformed: hk.Transformed | hk.TransformedWithState) -> Callable[..., Any]:
+    """Returns the function that ``hk.transform`` was given.
+
+    ``init`` discards the function's output, which Flax's ``init_with_output`` returns.
+    """
+    return transformed.init._original_fn  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def no_flax_parent() -> Iterator[None]:
+    """Makes Flax modules constructed inside orphans, as they are outside of Flax methods.
+
+    Flax attaches a new module to the module whose method is running unless each
+    construction says ``parent=None``, which Haiku code does not.
+    """
+    stack = flax_module._context.module_stack
+    stack.append(None)
+    try:
+        yield
+    finally:
+        stack.pop()

@@ -1,0 +1,223 @@
+"""Any Haiku module class, any Haiku function as a Flax module."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, get_origin
+
+import haiku as hk
+import jax
+from flax import linen as nn
+from flax.core import FrozenDict, freeze, unfreeze
+
+from .internals import original_function
+from .module import Mirrored
+from .params import Names
+
+
+class HaikuFunction(Mirrored):
+    """A function of Haiku modules as a Flax module.
+
+    The Flax tree has Haiku's names, one level a module; values made outside of any
+    module are under ``~``.  State is the collection ``state``.  At ``init`` Haiku's own
+    initializers draw from the key that ``make_rng("params")`` gives at the root, at
+    ``apply`` from the stream ``apply``, ``dropout`` or ``params``, the first there is.
+
+    Args:
+      fn: A function that creates and calls Haiku modules, an :class:`haiku.Transformed`
+        or an :class:`haiku.TransformedWithState`.
+
+    Example::
+
+      >>> import haiku as hk, jax, jax.numpy as jnp
+      >>> import compat
+      >>> model = compat.HaikuFunction(lambda x: hk.nets.MLP((8, 1))(x))
+      >>> variables = model.init(jax.random.key(0), jnp.ones((5, 3)))
+      >>> jax.tree.map(jnp.shape, variables["params"]["mlp"]["~/linear_0"])
+      {'b': (8,), 'w': (3, 8)}
+    """
+
+    fn: Callable[..., Any] | hk.Transformed | hk.TransformedWithState
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the function."""
+        return self._run("__call__", args, kwargs)
+
+    @nn.nowrap
+    def _haiku(self) -> Callable[..., Any]:
+        if isinstance(self.fn, hk.Transformed | hk.TransformedWithState):
+            return original_function(self.fn)
+        return self.fn
+
+
+class Wrapped(Mirrored):
+    """The base of the classes that ``wrap`` makes."""
+
+    @classmethod
+    def __init_subclass__(cls, haiku: type[hk.Module], **kwargs: Any) -> None:
+        cls._haiku_class = haiku
+        cls._root = None
+        cls._parameters = {}
+        cls.__annotations__ = {}
+        for parameter in inspect.signature(haiku).parameters.values():
+            if parameter.name != "name":
+                field = parameter.name + "_" * (parameter.name in _RESERVED)
+                cls._parameters[field] = parameter
+                cls.__annotations__[field] = Any
+                default = _default(parameter)
+                if default is not _REQUIRED:
+                    setattr(cls, field, default)
+        super().__init_subclass__(haiku=haiku, **kwargs)
+
+    def __post_init__(self) -> None:
+        for field in self._parameters:
+            value = _freeze(getattr(self, field))
+            if value is _MISSING:
+                raise TypeError(f"{type(self).__name__} needs the keyword argument {field!r}")
+            object.__setattr__(self, field, value)
+        super().__post_init__()
+
+    @nn.nowrap
+    def _names(self) -> Names:
+        if self._root is None:
+            type(self)._root = _module_name(self._haiku)
+        return Names(root=self._root)
+
+    @nn.nowrap
+    def _haiku(self) -> hk.Module:
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        for field, parameter in self._parameters.items():
+            value = _thaw(getattr(self, field), parameter)
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                args.extend(value)
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                kwargs.update(value)
+            elif parameter.kind is parameter.KEYWORD_ONLY:
+                kwargs[parameter.name] = value
+            else:
+                args.append(value)
+        module = self._haiku_class(*args, **kwargs)
+        if self._root not in (None, module.module_name):
+            raise ValueError(
+                f"{self._haiku_class.__name__} names itself {module.module_name!r} here and "
+                f"{self._root!r} with other arguments: give HaikuFunction a function that calls it"
+            )
+        return module
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The class is made by wrap, so pickle cannot import it.
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        fields["parent"] = None
+        return _rebuild, (self._haiku_class, fields)
+
+
+@functools.cache
+def wrap(hk_cls: type[hk.Module]) -> type[Mirrored]:
+    """Returns the Flax module class of a Haiku module class.
+
+    Its fields are the arguments of the constructor, ``name`` apart, in their order and
+    with their defaults.  Lists and dicts are frozen, so that equal configurations are
+    equal; ``*args`` and ``**kwargs`` are a tuple and a dict field.  Its methods are the
+    public methods of ``hk_cls``.  A name that Flax needs for itself (``init``,
+    ``apply``, ``copy``, ``path``, ...) gets a ``_`` behind it as a field, and is left
+    out as a method: :func:`haiku_method` reaches it.
+
+    The Flax tree has Haiku's names, one level a module, without that of the wrapped
+    module itself.  State is the collection ``state``.
+
+    Args:
+      hk_cls: A subclass of :class:`haiku.Module`.
+
+    Returns:
+      The class, the same one each time.
+
+    Raises:
+      TypeError: ``hk_cls`` is no subclass of :class:`haiku.Module`.
+
+    Example::
+
+      >>> import haiku as hk, jax, jax.numpy as jnp
+      >>> import compat
+      >>> model = compat.wrap(hk.Linear)(3)
+      >>> variables = model.init(jax.random.key(0), jnp.ones((5, 4)))
+      >>> jax.tree.map(jnp.shape, variables)
+      {'params': {'b': (3,), 'w': (4, 3)}}
+    """
+    if not (isinstance(hk_cls, type) and issubclass(hk_cls, hk.Module)):
+        raise TypeError(
+            f"wrap takes a subclass of hk.Module, got {hk_cls!r}: give a function to HaikuFunction"
+        )
+    namespace = {"__module__": hk_cls.__module__, "__doc__": hk_cls.__doc__}
+    return type(hk_cls.__name__, (Wrapped,), namespace, haiku=hk_cls)  # type: ignore[call-overload]
+
+
+def haiku_method(name: str) -> Callable[..., Any]:
+    """Returns a function of a module that calls the Haiku method ``name``.
+
+    For the methods whose names Flax needs for itself.
+
+    Example::
+
+      >>> import haiku as hk, jax
+      >>> import compat
+      >>> class Counter(hk.Module):
+      ...     def copy(self):
+      ...         return hk.get_parameter("start", (), init=jax.numpy.zeros) + 1
+      >>> model = compat.wrap(Counter)()
+      >>> copy = compat.haiku_method("copy")
+      >>> variables = model.init(jax.random.key(0), method=copy)
+      >>> float(model.apply(variables, method=copy))
+      1.0
+    """
+
+    def method(module: Mirrored, *args: Any, **kwargs: Any) -> Any:
+        return module._run(name, args, kwargs)
+
+    method.__name__ = name
+    return method
+
+
+_REQUIRED = object()
+_MISSING = object()
+_RESERVED = frozenset(dir(nn.Module)) | {"parent", "scope"}
+
+
+def _default(parameter: inspect.Parameter) -> Any:
+    if parameter.kind is parameter.VAR_POSITIONAL:
+        return ()
+    if parameter.kind is parameter.VAR_KEYWORD:
+        return FrozenDict()
+    if parameter.default is not parameter.empty:
+        return _freeze(parameter.default)
+    # A dataclass wants the fields without a default first.
+    return _MISSING if parameter.kind is parameter.KEYWORD_ONLY else _REQUIRED
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(map(_freeze, value))
+    return freeze(value) if isinstance(value, Mapping) else value
+
+
+def _thaw(value: Any, parameter: inspect.Parameter) -> Any:
+    if isinstance(value, FrozenDict):
+        return unfreeze(value)
+    wants_list = isinstance(parameter.default, list) or list in (
+        parameter.annotation,
+        get_origin(parameter.annotation),
+    )
+    return list(value) if wants_list and isinstance(value, tuple) else value
+
+
+def _module_name(construct: Callable[[], hk.Module]) -> str:
+    """Returns the name that Haiku gives to a module, which shows when it is constructed."""
+    names: list[str] = []
+    transformed = hk.transform_with_state(lambda: names.append(construct().module_name))
+    jax.eval_shape(transformed.init, jax.random.key(0))
+    return names[0]
+
+
+def _rebuild(hk_cls: type[hk.Module], fields: dict[str, Any]) -> Mirrored:
+    return wrap(hk_cls)(**fields)
