@@ -86,6 +86,8 @@ class Wrapped(Mirrored):
 
     @nn.nowrap
     def _haiku(self) -> hk.Module:
+        kinds = [parameter.kind for parameter in self._parameters.values()]
+        has_args = inspect.Parameter.VAR_POSITIONAL in kinds
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
         for field, parameter in self._parameters.items():
@@ -94,10 +96,12 @@ class Wrapped(Mirrored):
                 args.extend(value)
             elif parameter.kind is parameter.VAR_KEYWORD:
                 kwargs.update(value)
-            elif parameter.kind is parameter.KEYWORD_ONLY:
-                kwargs[parameter.name] = value
-            else:
+            elif parameter.kind is parameter.POSITIONAL_ONLY or (
+                has_args and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+            ):
                 args.append(value)
+            else:
+                kwargs[parameter.name] = value
         module = self._haiku_class(*args, **kwargs)
         if self._root not in (None, module.module_name):
             raise ValueError(

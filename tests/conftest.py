@@ -1,0 +1,41 @@
+"""Stricter than users are: x64 on purpose, no rank promotion, warnings are errors (setup.cfg)."""
+
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update(
+    "jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".jax_cache")
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture
+def check_leaks():
+    """Fails a test that lets a tracer out of its trace."""
+    with jax.checking_leaks():
+        yield
+
+
+@pytest.fixture
+def run_fresh():
+    """Runs code in a new interpreter: no x64, nothing imported.  Returns the process."""
+
+    def run(code: str, *, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:
+        import os
+
+        return subprocess.run(
+            [sys.executable, "-W", "error", "-c", code],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run
