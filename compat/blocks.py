@@ -1,11 +1,13 @@
 """The Flax faces of the MLP's parts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
+from flax import errors
 from flax import linen as nn
 from flax.core import Scope
 
@@ -33,6 +35,8 @@ FIELDS = (
 class Perceptron(Mirrored):
     """What the MLP and its block share: the check of their fields, and NetKet's names."""
 
+    _compact = True
+
     def __post_init__(self) -> None:
         for name, value in arguments.check(**self._fields()).items():
             object.__setattr__(self, name, value)
@@ -48,26 +52,39 @@ class Perceptron(Mirrored):
         return Names(root="mlp", netket=True)
 
     @nn.nowrap
-    def _row(self, module: hk.Module | type[hk.Module], scope: Scope) -> Mirrored:
+    def _row(
+        self,
+        module: hk.Module | type[hk.Module],
+        parent: Scope | Mirrored,
+        name: str,
+        dtypes: Mapping[int | str, Any] = MappingProxyType({}),
+    ) -> Mirrored:
+        # Flax names the children of a compact method itself: MLP_0, Dense_0, Dense_1, ...
+        place: Any = {"parent": parent, "name": name if isinstance(parent, Scope) else None}
         if type(module) is haiku_mlp.blocks.MLP:
-            fields = {name: getattr(module, name) for name in FIELDS}
-            return MLP(module.output_dim, **fields, parent=scope, name=scope.name)
-        if type(module) is haiku_mlp.Linear:
-            return Dense(
+            fields = {field: getattr(module, field) for field in FIELDS}
+            row = MLP(module.output_dim, **fields, **place)
+        elif type(module) is haiku_mlp.Linear:
+            row = Dense(
                 module.output_size,
                 use_bias=module.use_bias,
                 param_dtype=module.param_dtype,
                 precision=module.precision,
                 kernel_init=module.kernel_init,
                 bias_init=module.bias_init,
-                parent=scope,
-                name=scope.name,
+                **place,
             )
-        return super()._row(module, scope)
+        else:
+            return super()._row(module, parent, name, dtypes)
+        if row.name != name:
+            raise errors.NameInUseError("submodule", name, type(self).__name__)
+        return row
 
 
 class Dense(Mirrored, nn.Dense, haiku=haiku_mlp.Linear):
     """An affine layer of the MLP: a ``flax.linen.Dense`` computed by Haiku."""
+
+    _compact = True
 
     @nn.nowrap
     def _names(self) -> Names:

@@ -11,7 +11,7 @@ plain Haiku, so that no tracer gets out.
 import contextvars
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import haiku as hk
@@ -19,98 +19,58 @@ import jax
 import numpy as np
 from flax import errors
 from flax import linen as nn
-from flax.core import Scope, meta, tracers
 
-from haiku_mlp import JaxInitializer
-
-from .internals import haiku_context, is_missing_rng, no_flax_parent
-from .params import HaikuTree, Names, Path, flatten
-
-
-class NameScope(hk.Module):
-    """Stands for a level of Haiku names that no module has (``hk.name_scope``)."""
-
+from .internals import is_missing_rng
+from .params import Names
+from .store import Store
 
 _transformed = hk.transform_with_state(lambda body: body())
 _running: contextvars.ContextVar["Mirror"] = contextvars.ContextVar("mirror")
 
 
 def running() -> "Mirror | None":
-    """Returns the mirror of the Haiku code that calls, or None under plain Haiku."""
+    """Returns the mirror of the Haiku code that calls, or None where there is none."""
     mirror = _running.get(None)
-    return mirror if mirror is not None and mirror.is_outermost() else None
+    return mirror if mirror is not None and mirror.store.place.is_here() else None
+
+
+class NameScope(hk.Module):
+    """Stands for a level of Haiku names that no module has (``hk.force_name``)."""
 
 
 class Mirror:
     """One run of Haiku code inside the scope of a bound Flax module."""
 
     def __init__(self, host: Any, names: Names):
-        self.names = names
+        self.store = Store(host.scope, names)
         self._host = host
-        self._scope: Scope = host.scope
-        self._scopes: dict[Path, Scope] = {(): self._scope}
         self._rows: dict[str, tuple[hk.Module, Any]] = {}
         self._modules: dict[str, type[hk.Module]] = {}
         self._hidden: set[str] = set()
         self._entered: hk.Module | None = None
-        self._loaded: dict[str, HaikuTree] = {}
-        self._created: dict[str, Any] = {}
-        self._written: set[str] = set()
-        self._flax_error: Exception | None = None
-        self._may_create = self._scope.is_mutable_collection("params")
 
     def run(self, body: Callable[[], Any]) -> Any:
         """Returns ``body()``, run as Haiku code; raises Flax's errors for Haiku's."""
-        variables = self._scope.variables()
-        creating = self._may_create and (
-            self._host.is_initializing() or not (variables.get("params") or variables.get("state"))
-        )
+        store, scope = self.store, self._host.scope
+        variables = scope.variables()
+        params, state = variables.get("params", {}), variables.get("state", {})
+        creating = store.may_create and (self._host.is_initializing() or not (params or state))
         try:
             if creating:
                 outputs: list[Any] = []
                 rng = self._peek_key()
                 _transformed.init(rng, lambda: outputs.append(self._hooked(body, creating)))
                 return outputs[0]
-            for collection in ("params", "state"):
-                self._loaded[collection] = _load(
-                    self.names, collection, variables.get(collection, {})
-                )
+            params, state = store.load("params", params), store.load("state", state)
             rng = self._next_key()
-            output, _ = _transformed.apply(
-                self._loaded["params"],
-                self._loaded["state"],
-                rng,
-                lambda: self._hooked(body, creating),
-            )
-            return output
-        except ValueError as error:
-            if self._flax_error is not None:
-                raise self._flax_error from error
+            return _transformed.apply(params, state, rng, lambda: self._hooked(body, creating))[0]
+        except (ValueError, AttributeError) as error:
+            if store.flax_error is not None:
+                raise store.flax_error from error
             if is_missing_rng(error):
-                raise errors.InvalidRngError(
-                    f'{self._scope.name} needs PRNG for "{"params" if creating else "apply"}"'
-                ) from error
+                stream = "params" if creating else "apply"
+                raise errors.InvalidRngError(f'{scope.name} needs PRNG for "{stream}"') from error
             raise
-
-    def is_outermost(self) -> bool:
-        """Returns whether the code runs in the trace and the transform of its start."""
-        return tracers.current_trace() == self._trace and haiku_context() is self._context
-
-    def scope(self, module_name: str) -> Scope:
-        """Returns the Flax scope of the Haiku module with this name."""
-        path = self.names.path(module_name)
-        scope = self._scopes.get(path)
-        if scope is None:
-            scope = self._scope
-            for depth, part in enumerate(path, start=1):
-                parent = scope
-                scope = self._scopes.get(path[:depth])
-                if scope is None:
-                    taken = parent.reservations.get(part, {None})
-                    if None not in taken:
-                        raise _name_clash(module_name, part, parent)
-                    scope = self._scopes[path[:depth]] = parent.push(part, reuse=True)
-        return scope
 
     def enter(self, module: hk.Module) -> None:
         """Lets the next call of ``module`` pass: it is what the host's own method runs."""
@@ -123,31 +83,33 @@ class Mirror:
             return self._host
         if module_name in self._rows:
             return self._rows[module_name][1]
-        return self._host._row(self._modules.get(module_name, NameScope), self.scope(module_name))
+        hk_cls = self._modules.get(module_name, NameScope)
+        name = self.store.names.path(module_name)[-1]
+        return self._host._row(hk_cls, self.store.scope(module_name), name)
 
     def _hooked(self, body: Callable[[], Any], creating: bool) -> Any:
-        self._trace = tracers.current_trace()
-        self._context = haiku_context()
+        store = self.store
+        store.start()
         token = _running.set(self)
         try:
             with (
-                no_flax_parent(),
+                self._host._parenthood(),
                 hk.intercept_methods(self._call),
-                hk.custom_creator(self._create_parameter),
-                hk.custom_creator(self._create_state, params=False, state=True),
-                hk.custom_getter(self._get_parameter),
-                hk.custom_setter(self._set_state),
+                hk.custom_creator(store.create_parameter),
+                hk.custom_creator(store.create_state, params=False, state=True),
+                hk.custom_getter(store.get_parameter),
+                hk.custom_setter(store.set_state),
             ):
                 output = body()
         finally:
             _running.reset(token)
         if creating:
-            self._store_new("params", hk.get_params())
+            store.store_new("params", hk.get_params())
         if self._host.is_initializing():
-            self._store_new("state", hk.get_initial_state())
+            store.store_new("state", hk.get_initial_state())
             self._show_hidden()
         else:
-            self._store_changed(hk.get_current_state())
+            store.store_changed(hk.get_current_state())
         return output
 
     def _call(
@@ -164,147 +126,56 @@ class Mirror:
             return next_f(*args, **kwargs)
         if method == "__init__":
             next_f(*args, **kwargs)
-            if haiku_context() is self._context and hasattr(module, "module_name"):
+            if self.store.place.is_same_transform() and hasattr(module, "module_name"):
                 self._modules.setdefault(module.module_name, type(module))
             return None
         if not is_public(type(module), method, context.orig_class):
             return next_f(*args, **kwargs)
         name = module.module_name
-        if not self.is_outermost():
-            if haiku_context() is self._context:
+        if not self.store.place.is_here():
+            if self.store.place.is_same_transform():
                 self._hidden.add(name)
             return next_f(*args, **kwargs)
-        known, row = self._rows.get(name, (None, None))
-        if known is not module:
-            row = self._host._row(module, self.scope(name))
+        known, row = self._rows.get(name, (None, self._host))
+        dtypes = {key: v for key, v in (*enumerate(args), *kwargs.items()) if _is_dtype(v)}
+        if known is not module or dtypes:
+            row = self._new_row(module, dtypes)
             self._rows[name] = module, row
         return row._continue_with(next_f, method)(*args, **kwargs)
 
-    def _create_parameter(
-        self,
-        next_creator: Callable[..., Any],
-        shape: Sequence[int],
-        dtype: Any,
-        init: Callable[..., Any],
-        context: hk.GetterContext,
-    ) -> Any:
-        """Parameter creator: takes the scope's value, or puts a new one there."""
-        if haiku_context() is not self._context:
-            return next_creator(shape, dtype, init)
-        if context.full_name in self._created:
-            return hk.DO_NOT_STORE
-        scope = self.scope(context.module_name)
-        name = self.names.leaf("params", context.module_name, context.name)
-        if scope.has_variable("params", name):
-            return meta.unbox(scope.get_variable("params", name))
-        if not self._may_create:
-            empty = scope.is_collection_empty("params")
-            self._flax_error = (
-                errors.ScopeCollectionNotFound("params", name, scope.path_text)
-                if empty
-                else errors.ScopeParamNotFoundError(name, scope.path_text)
-            )
-        if not self._may_create or not self.is_outermost():
-            return next_creator(shape, dtype, init)
-        _reserve(scope, "params", name, context.full_name)
-        if isinstance(init, JaxInitializer):
-            keyed = init.init
-
-            def init(shape: Sequence[int], dtype: Any) -> Any:
-                return keyed(scope.make_rng("params"), tuple(shape), dtype)
-
-        value = next_creator(shape, dtype, init)
-        if value is hk.DO_NOT_STORE:
-            return value
-        scope.put_variable("params", name, value)
-        value = meta.unbox(value)
-        if hk.running_init():
-            return value
-        # At apply Haiku's frame takes no new parameter; the getter supplies it.
-        self._created[context.full_name] = value
-        return hk.DO_NOT_STORE
-
-    def _get_parameter(
-        self, next_getter: Callable[..., Any], value: Any, context: hk.GetterContext
-    ) -> Any:
-        """Parameter getter: notes a wrong shape, which Haiku is about to refuse."""
-        if value is hk.DO_NOT_STORE:
-            value = self._created.get(context.full_name, value)
-        elif np.shape(value) != tuple(context.original_shape):
-            scope = self.scope(context.module_name)
-            name = self.names.leaf("params", context.module_name, context.name)
-            self._flax_error = errors.ScopeParamShapeError(
-                name, scope.path_text, np.shape(value), tuple(context.original_shape)
-            )
-        return next_getter(value)
-
-    def _create_state(
-        self,
-        next_creator: Callable[..., Any],
-        shape: Sequence[int],
-        dtype: Any,
-        init: Callable[..., Any],
-        context: hk.GetterContext,
-    ) -> Any:
-        """State creator: takes the scope's value where there is one."""
-        self._written.add(context.name)
-        if haiku_context() is self._context:
-            scope = self.scope(context.module_name)
-            name = self.names.leaf("state", context.module_name, context.name)
-            if scope.has_variable("state", name):
-                return meta.unbox(scope.get_variable("state", name))
-        return next_creator(shape, dtype, init)
-
-    def _set_state(
-        self, next_setter: Callable[..., Any], value: Any, context: hk.SetterContext
-    ) -> Any:
-        """State setter: notes the write."""
-        self._written.add(context.name)
-        return next_setter(value)
-
-    def _store_new(self, collection: str, tree: Mapping[str, Mapping[str, Any]]) -> None:
-        for module_name, name, value in hk.data_structures.traverse(tree):
-            scope = self.scope(module_name)
-            key = self._key(collection, module_name, name, value)
-            if not scope.has_variable(collection, key):
-                _reserve(scope, collection, key, f"{module_name}/{name}")
-                scope.put_variable(collection, key, value)
-
-    def _store_changed(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        may_change = self._scope.is_mutable_collection("state")
-        for module_name, name, value in hk.data_structures.traverse(state):
-            if value is self._loaded.get("state", {}).get(module_name, {}).get(name):
-                continue
-            # An inner transform hands back a new object for a value that it only read.
-            if may_change or name in self._written:
-                scope = self.scope(module_name)
-                key = self._key("state", module_name, name, value)
-                box = scope.get_variable("state", key)
-                scope.put_variable("state", key, meta.replace_boxed(box, value))
-
-    def _key(self, collection: str, module_name: str, name: str, value: Any) -> str:
-        key = self.names.leaf(collection, module_name, name)
-        return f"{key}~" if isinstance(value, Mapping) else key
+    def _new_row(self, module: hk.Module, dtypes: dict[int | str, Any]) -> Any:
+        path = self.store.names.path(module.module_name)
+        _, parent = self._rows.get(module.module_name.rpartition("/")[0], (None, None))
+        if parent is None or not parent._compact or self.store.knows(path):
+            scope = self.store.scope(module.module_name)
+            return self._host._row(module, scope, path[-1], dtypes)
+        row = self._host._row(module, parent, path[-1], dtypes)
+        self.store.adopt(path, row.scope)
+        return row
 
     def _show_hidden(self) -> None:
-        """Makes a call at each level that had none; ``tabulate`` counts a level without
-        a call of its own twice, once at the level above and once below.
+        """Makes a call at each level that had none.
+
+        ``tabulate`` counts a level without a call of its own twice, once at the level
+        above and once below.
         """
-        modules = {self.names.path(name): hk_cls for name, hk_cls in self._modules.items()}
-        shown = {self.names.path(name) for name in self._rows}
-        hidden = {self.names.path(name) for name in self._hidden}
+        path = self.store.names.path
+        modules = {path(name): hk_cls for name, hk_cls in self._modules.items()}
+        shown = {path(name) for name in self._rows}
         for name in self._hidden:
-            self.scope(name)
-        above = {path[:depth] for path in shown | hidden for depth in range(1, len(path))}
-        for path, scope in list(self._scopes.items()):
-            if path and path not in shown and (path in modules or path in above):
-                self._host._row(modules.get(path, NameScope), scope).inside_transform()
+            self.store.scope(name)
+        hidden = set(map(path, self._hidden))
+        above = {p[:depth] for p in shown | hidden for depth in range(1, len(p))}
+        for level, scope in self.store.levels():
+            if level not in shown and (level in modules or level in above):
+                hk_cls = modules.get(level, NameScope)
+                self._host._row(hk_cls, scope, level[-1]).inside_transform()
 
     def _next_key(self) -> jax.Array | None:
         """Returns the key that Haiku draws from at apply, None without random streams."""
         for stream in ("apply", "dropout", "params"):
-            if self._scope.has_rng(stream):
-                return self._scope.make_rng(stream)
+            if self._host.scope.has_rng(stream):
+                return self._host.scope.make_rng(stream)
         return None
 
     def _peek_key(self) -> jax.Array | None:
@@ -313,7 +184,7 @@ class Mirror:
         The scope's counter stays where it is: a parameter at the root gets the key
         that it would get in a native Flax module.
         """
-        scope = self._scope
+        scope = self._host.scope
         if not scope.has_rng("params"):
             return None
         counters = dict(scope.rng_counters)
@@ -346,21 +217,12 @@ def public_methods(hk_cls: type[hk.Module]) -> dict[str, Callable[..., Any]]:
     }
 
 
-def _load(names: Names, collection: str, tree: Mapping[str, Any]) -> HaikuTree:
-    flat = flatten(names, collection, tree)
-    for values in flat.values():
-        for name, value in values.items():
-            if isinstance(value, meta.AxisMetadata):
-                values[name] = value.unbox()
-    return flat
-
-
-def _reserve(scope: Scope, collection: str, name: str, full_name: str) -> None:
-    if name in scope.reservations and None in scope.reservations[name]:
-        raise _name_clash(full_name, name, scope)
-    if not scope.name_reserved(name, collection):
-        scope.reserve(name, collection)
-
-
-def _name_clash(full_name: str, part: str, parent: Scope) -> Exception:
-    return errors.NameInUseError("submodule", part, parent.path_text)
+def _is_dtype(value: Any) -> bool:
+    """Returns whether Flax's summary takes ``value`` for a scalar array."""
+    if not isinstance(value, type | np.dtype | str):
+        return False
+    try:
+        jax.numpy.result_type(value)
+    except TypeError:
+        return False
+    return True

@@ -1,8 +1,11 @@
 """Flax modules whose methods run Haiku code."""
 
+import contextlib
 import copy
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import haiku as hk
@@ -23,6 +26,9 @@ class Mirrored(nn.Module):
     ``class Face(Mirrored, haiku=HaikuClass)`` gets the public methods of ``HaikuClass``.
     """
 
+    # Whether Flax modules and parameters made in the Haiku code become this module's, as
+    # in a compact method.  In general they do not: Haiku has names of its own for them.
+    _compact = False
     # What a mirrored call continues with.  A clone has none: it runs by itself, as
     # Flax does with each row when it counts FLOPs.
     _next_f = None
@@ -32,7 +38,8 @@ class Mirrored(nn.Module):
     def __init_subclass__(cls, haiku: type[hk.Module] | None = None, **kwargs: Any) -> None:
         for name, method in ({} if haiku is None else public_methods(haiku)).items():
             if name not in vars(cls):
-                setattr(cls, name, _flax_method(name, method))
+                flax_method = _flax_method(name, method)
+                setattr(cls, name, nn.compact(flax_method) if cls._compact else flax_method)
         super().__init_subclass__(**kwargs)
 
     @nn.nowrap
@@ -51,7 +58,7 @@ class Mirrored(nn.Module):
         next_f = self._next_f
         if next_f is not None:
             object.__setattr__(self, "_next_f", None)
-            with no_flax_parent():
+            with self._parenthood():
                 return next_f(*args, **kwargs)
         if self.scope is None:
             raise errors.CallCompactUnboundModuleError
@@ -74,13 +81,29 @@ class Mirrored(nn.Module):
         return getattr(self, method)
 
     @nn.nowrap
-    def _row(self, module: hk.Module | type[hk.Module], scope: Scope) -> "Mirrored":
-        """Returns the Flax module that stands for a Haiku module at ``scope``.
+    def _parenthood(self) -> contextlib.AbstractContextManager[None]:
+        """Returns a context in which Haiku code of this module runs."""
+        return contextlib.nullcontext() if self._compact else no_flax_parent()
 
-        A class in place of a module: one whose calls Flax does not see.
+    @nn.nowrap
+    def _row(
+        self,
+        module: hk.Module | type[hk.Module],
+        parent: "Scope | Mirrored",
+        name: str,
+        dtypes: Mapping[int | str, Any] = MappingProxyType({}),
+    ) -> "Mirrored":
+        """Returns the Flax module that stands for a Haiku module.
+
+        Args:
+          module: The module; its class, if Flax sees none of its calls.
+          parent: The Flax parent, or the module's scope.
+          name: The Flax name.
+          dtypes: The dtypes among the arguments of the call.
         """
         hk_cls = module if isinstance(module, type) else type(module)
-        return row_class(hk_cls)(module, self._names(), parent=scope, name=scope.name)
+        origin = Origin(module, self._names().netket, dtypes)
+        return row_class(hk_cls)(origin, parent=parent, name=name)
 
     @nn.nowrap
     def _count_run(self) -> int:
@@ -89,24 +112,41 @@ class Mirrored(nn.Module):
         object.__setattr__(self, "_num_runs", num_runs + 1)
         return num_runs
 
-    def inside_transform(self) -> tuple[()]:
-        """Stands in ``tabulate`` for calls inside an inner transform (``hk.scan``, ...)."""
-        return ()
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a row comes from, in one field: Flax walks through each field of a module."""
+
+    module: hk.Module | type[hk.Module]
+    netket: bool
+    dtypes: Mapping[int | str, Any]
 
 
 class Row(Mirrored):
     """The Flax module of a Haiku module that is part of another."""
 
-    haiku_module: Any
-    haiku_names: Names
+    origin: Origin
 
     @nn.nowrap
     def _names(self) -> Names:
-        return Names(root=self.haiku_module.module_name, netket=self.haiku_names.netket)
+        return Names(root=self.origin.module.module_name, netket=self.origin.netket)
+
+    @nn.nowrap
+    def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._next_f is None:
+            # Flax's summary gives a scalar array in place of a dtype when it counts FLOPs.
+            dtypes = self.origin.dtypes
+            args = tuple(dtypes.get(i, arg) for i, arg in enumerate(args))
+            kwargs = {key: dtypes.get(key, value) for key, value in kwargs.items()}
+        return super()._run(method, args, kwargs)
 
     @nn.nowrap
     def _haiku(self) -> hk.Module:
-        return _without_tracers(self.haiku_module, {})
+        return _without_tracers(self.origin.module, {})
+
+    def inside_transform(self) -> tuple[()]:
+        """Stands in ``tabulate`` for calls inside an inner transform (``hk.scan``, ...)."""
+        return ()
 
 
 @functools.cache

@@ -124,8 +124,8 @@ def _check_haiku(collection: str, tree: Mapping[str, Any]) -> None:
     for module_name, values in tree.items():
         if not isinstance(values, Mapping):
             raise ValueError(
-                f"{collection}[{module_name!r}] must map names to values, got {type(values).__name__}:"
-                " give what hk.transform's init returned"
+                f"{collection}[{module_name!r}] must map names to values, got "
+                f"{type(values).__name__}: give what hk.transform's init returned"
             )
 
 

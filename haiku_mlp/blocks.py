@@ -97,8 +97,9 @@ class MLP(hk.Module):
         self.kernel_init = kernel_init
         self.bias_init = bias_init
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, input: jax.Array) -> jax.Array:
         """Returns ``(..., output_dim)`` for inputs ``(..., N)``."""
+        x = input
         for linear, activation in _layers(self, jnp.shape(x)[-1]):
             x = linear(x)
             x = activation(x) if callable(activation) else x

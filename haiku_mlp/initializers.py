@@ -38,6 +38,7 @@ class JaxInitializer:
     init: KeyedInitializer
 
     def __call__(self, shape: Sequence[int], dtype: Any) -> jax.Array:
+        """Returns an array, its key drawn from Haiku's sequence."""
         return self.init(hk.next_rng_key(), tuple(shape), dtype)
 
 
@@ -70,5 +71,6 @@ def _takes_key(init: Initializer) -> bool:
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return True
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    first = positional[0].name if positional else ""
     # jnp.zeros(shape, dtype) and np.zeros(shape, dtype, order) against (key, shape, dtype).
-    return len(positional) >= 3 and positional[0].name != "shape"
+    return first in ("key", "rng") or (len(positional) >= 3 and first != "shape")

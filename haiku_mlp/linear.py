@@ -57,7 +57,7 @@ class Linear(hk.Module):
         super().__init__(name=name)
         self.output_size = output_size
         self.use_bias = use_bias
-        self.param_dtype = jax.dtypes.canonicalize_dtype(param_dtype)
+        self.param_dtype = param_dtype
         self.precision = precision
         self.kernel_init = kernel_init
         self.bias_init = bias_init
@@ -76,13 +76,16 @@ class Linear(hk.Module):
 
 
 def _parameters(layer: Linear, input_size: int) -> tuple[jax.Array, jax.Array | None]:
+    # Without x64 JAX warns of each 64-bit dtype asked for; a dtype it has goes on as given.
+    dtype = jax.dtypes.canonicalize_dtype(layer.param_dtype)
+    dtype = layer.param_dtype if dtype == jnp.dtype(layer.param_dtype) else dtype
     shape = (input_size, layer.output_size)
     w_init = as_haiku_initializer(layer.kernel_init)
-    w = hk.get_parameter("w", shape, layer.param_dtype, w_init)
+    w = hk.get_parameter("w", shape, dtype, w_init)
     if not layer.use_bias:
         return w, None
     b_init = as_haiku_initializer(layer.bias_init)
-    return w, hk.get_parameter("b", (layer.output_size,), layer.param_dtype, b_init)
+    return w, hk.get_parameter("b", (layer.output_size,), dtype, b_init)
 
 
 def _promote(

@@ -98,6 +98,6 @@ class MLP(hk.Module):
             bias_init=bias_init,
         )
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, input: jax.Array) -> jax.Array:
         """Returns ``(...)`` for inputs ``(..., N)``."""
-        return blocks.MLP(1, **self._arguments, name="block")(x).squeeze(-1)
+        return blocks.MLP(1, **self._arguments, name="block")(input).squeeze(-1)

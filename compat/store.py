@@ -1,0 +1,218 @@
+"""The store: parameters and state between Haiku's frame and a Flax scope."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import haiku as hk
+import jax
+import numpy as np
+from flax import errors
+from flax.core import Scope, meta, tracers
+
+from haiku_mlp import JaxInitializer
+
+from .internals import haiku_context
+from .params import HaikuTree, Names, Path, flatten
+
+Tree = Mapping[str, Mapping[str, Any]]
+
+
+class Place:
+    """The trace and the Haiku transform in which code was started."""
+
+    def __init__(self) -> None:
+        self._trace = tracers.current_trace()
+        self._context = haiku_context()
+
+    def is_same_transform(self) -> bool:
+        """Returns whether this transform runs now; it gives the modules their names."""
+        return haiku_context() is self._context
+
+    def is_here(self) -> bool:
+        """Returns whether this transform runs now, in the trace of its start."""
+        return tracers.current_trace() == self._trace and self.is_same_transform()
+
+
+class Store:
+    """The values of one run of Haiku code: where they come from, where they go.
+
+    Its hooks act on what Haiku does in the place of the start alone: inside ``hk.scan``
+    and the like Haiku creates values by itself, and ``store_new`` takes them over.
+    """
+
+    def __init__(self, scope: Scope, names: Names):
+        self.names = names
+        self.may_create = scope.is_mutable_collection("params")
+        self.flax_error: Exception | None = None
+        self._root = scope
+        self._scopes: dict[Path, Scope] = {(): scope}
+        self._loaded: dict[str, HaikuTree] = {}
+        self._created: dict[str, Any] = {}
+        self._written: set[str] = set()
+
+    def start(self) -> None:
+        """Notes the place where the Haiku code starts."""
+        self.place = Place()
+
+    def load(self, collection: str, tree: Mapping[str, Any]) -> HaikuTree:
+        """Returns a Flax collection as Haiku takes it."""
+        flat = flatten(self.names, collection, tree)
+        for values in flat.values():
+            for name, value in values.items():
+                if isinstance(value, meta.AxisMetadata):
+                    values[name] = value.unbox()
+        self._loaded[collection] = flat
+        return flat
+
+    def scope(self, module_name: str) -> Scope:
+        """Returns the Flax scope of the Haiku module with this name."""
+        path = self.names.path(module_name)
+        scope = self._scopes.get(path)
+        if scope is None:
+            scope = self._root
+            for depth, part in enumerate(path, start=1):
+                parent = scope
+                scope = self._scopes.get(path[:depth])
+                if scope is None:
+                    taken = parent.reservations.get(part, {None})
+                    if None not in taken:
+                        raise _name_clash(module_name, part, parent)
+                    scope = self._scopes[path[:depth]] = parent.push(part, reuse=True)
+        return scope
+
+    def knows(self, path: Path) -> bool:
+        """Returns whether the level at ``path`` has a scope already."""
+        return path in self._scopes
+
+    def adopt(self, path: Path, scope: Scope) -> None:
+        """Takes the scope that Flax made for the module at ``path``."""
+        self._scopes[path] = scope
+
+    def levels(self) -> list[tuple[Path, Scope]]:
+        """Returns the paths that were in use, with their scopes."""
+        return [item for item in self._scopes.items() if item[0]]
+
+    def create_parameter(
+        self,
+        next_creator: Callable[..., Any],
+        shape: Sequence[int],
+        dtype: Any,
+        init: Callable[..., Any],
+        context: hk.GetterContext,
+    ) -> Any:
+        """Parameter creator: takes the scope's value, or puts a new one there."""
+        if not self.place.is_same_transform():
+            return next_creator(shape, dtype, init)
+        if context.full_name in self._created:
+            return hk.DO_NOT_STORE
+        scope = self.scope(context.module_name)
+        name = self.names.leaf("params", context.module_name, context.name)
+        if scope.has_variable("params", name):
+            value = meta.unbox(scope.get_variable("params", name))
+            self._check_shape(value, context)  # a tree in its place was not loaded
+            return value
+        if not self.may_create:
+            empty = scope.is_collection_empty("params")
+            self.flax_error = (
+                errors.ScopeCollectionNotFound("params", name, scope.path_text)
+                if empty
+                else errors.ScopeParamNotFoundError(name, scope.path_text)
+            )
+        if not self.may_create or not self.place.is_here():
+            return next_creator(shape, dtype, init)
+        _reserve(scope, "params", name, context.full_name)
+        if isinstance(init, JaxInitializer):
+            keyed = init.init
+
+            def init(shape: Sequence[int], dtype: Any) -> Any:
+                return keyed(scope.make_rng("params"), tuple(shape), dtype)
+
+        value = next_creator(shape, dtype, init)
+        if value is hk.DO_NOT_STORE:
+            return value
+        scope.put_variable("params", name, value)
+        value = meta.unbox(value)
+        if hk.running_init():
+            return value
+        # At apply Haiku's frame takes no new parameter; the getter supplies it.
+        self._created[context.full_name] = value
+        return hk.DO_NOT_STORE
+
+    def get_parameter(
+        self, next_getter: Callable[..., Any], value: Any, context: hk.GetterContext
+    ) -> Any:
+        """Parameter getter: notes a wrong shape, which Haiku is about to refuse."""
+        if value is hk.DO_NOT_STORE:
+            value = self._created.get(context.full_name, value)
+        else:
+            self._check_shape(value, context)
+        return next_getter(value)
+
+    def _check_shape(self, value: Any, context: hk.GetterContext) -> None:
+        expected = tuple(context.original_shape)
+        if getattr(value, "shape", None) != expected:
+            shape = next((np.shape(leaf) for leaf in jax.tree.leaves(value)), None)
+            name = self.names.leaf("params", context.module_name, context.name)
+            path = self.scope(context.module_name).path_text
+            self.flax_error = errors.ScopeParamShapeError(name, path, shape, expected)
+
+    def create_state(
+        self,
+        next_creator: Callable[..., Any],
+        shape: Sequence[int],
+        dtype: Any,
+        init: Callable[..., Any],
+        context: hk.GetterContext,
+    ) -> Any:
+        """State creator: takes the scope's value where there is one."""
+        self._written.add(context.name)
+        if self.place.is_same_transform():
+            scope = self.scope(context.module_name)
+            name = self.names.leaf("state", context.module_name, context.name)
+            if scope.has_variable("state", name):
+                return meta.unbox(scope.get_variable("state", name))
+        return next_creator(shape, dtype, init)
+
+    def set_state(
+        self, next_setter: Callable[..., Any], value: Any, context: hk.SetterContext
+    ) -> Any:
+        """State setter: notes the write."""
+        self._written.add(context.name)
+        return next_setter(value)
+
+    def store_new(self, collection: str, tree: Tree) -> None:
+        """Puts the values that Haiku made by itself into the Flax scopes."""
+        for module_name, name, value in hk.data_structures.traverse(tree):
+            scope = self.scope(module_name)
+            key = self._key(collection, module_name, name, value)
+            if not scope.has_variable(collection, key):
+                _reserve(scope, collection, key, f"{module_name}/{name}")
+                scope.put_variable(collection, key, value)
+
+    def store_changed(self, state: Tree) -> None:
+        """Puts the state that changed into the Flax scopes."""
+        may_change = self._root.is_mutable_collection("state")
+        for module_name, name, value in hk.data_structures.traverse(state):
+            if value is self._loaded.get("state", {}).get(module_name, {}).get(name):
+                continue
+            # An inner transform hands back a new object for a value that it only read.
+            if may_change or name in self._written:
+                scope = self.scope(module_name)
+                key = self._key("state", module_name, name, value)
+                box = scope.get_variable("state", key)
+                scope.put_variable("state", key, meta.replace_boxed(box, value))
+
+    def _key(self, collection: str, module_name: str, name: str, value: Any) -> str:
+        key = self.names.leaf(collection, module_name, name)
+        return f"{key}~" if isinstance(value, Mapping) else key
+
+
+def _reserve(scope: Scope, collection: str, name: str, full_name: str) -> None:
+    if name in scope.reservations and None in scope.reservations[name]:
+        raise _name_clash(full_name, name, scope)
+    if not scope.name_reserved(name, collection):
+        scope.reserve(name, collection)
+
+
+def _name_clash(full_name: str, part: str, parent: Scope) -> Exception:
+    return errors.NameInUseError("submodule", part, parent.path_text)
