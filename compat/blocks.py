@@ -55,7 +55,7 @@ class Perceptron(Mirrored):
     def _row(
         self,
         module: hk.Module | type[hk.Module],
-        parent: Scope | Mirrored,
+        parent: Any,
         name: str,
         dtypes: Mapping[int | str, Any] = MappingProxyType({}),
     ) -> Mirrored:
@@ -63,7 +63,7 @@ class Perceptron(Mirrored):
         place: Any = {"parent": parent, "name": name if isinstance(parent, Scope) else None}
         if type(module) is haiku_mlp.blocks.MLP:
             fields = {field: getattr(module, field) for field in FIELDS}
-            row = MLP(module.output_dim, **fields, **place)
+            row: Mirrored = MLP(module.output_dim, **fields, **place)
         elif type(module) is haiku_mlp.Linear:
             row = Dense(
                 module.output_size,

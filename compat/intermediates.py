@@ -106,7 +106,7 @@ def perturb_outputs(collection: str = "perturbations") -> Iterator[None]:
         if not inexact:
             return output
         for i in inexact:
-            suffix = "" if treedef == jax.tree.structure(0) else f"_{i}"
+            suffix = "" if jax.tree_util.treedef_is_leaf(treedef) else f"_{i}"
             name = _variable_name(
                 context.module, collection, context.method_name + suffix, leaves[i]
             )

@@ -137,13 +137,14 @@ class Mirror:
                 self._hidden.add(name)
             return next_f(*args, **kwargs)
         known, row = self._rows.get(name, (None, self._host))
-        dtypes = {key: v for key, v in (*enumerate(args), *kwargs.items()) if _is_dtype(v)}
+        named: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        dtypes = {key: value for key, value in named.items() if _is_dtype(value)}
         if known is not module or dtypes:
             row = self._new_row(module, dtypes)
             self._rows[name] = module, row
         return row._continue_with(next_f, method)(*args, **kwargs)
 
-    def _new_row(self, module: hk.Module, dtypes: dict[int | str, Any]) -> Any:
+    def _new_row(self, module: hk.Module, dtypes: dict[Any, Any]) -> Any:
         path = self.store.names.path(module.module_name)
         _, parent = self._rows.get(module.module_name.rpartition("/")[0], (None, None))
         if parent is None or not parent._compact or self.store.knows(path):

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from flax import errors
 from flax import linen as nn
-from flax.core import Scope
 
 from .internals import no_flax_parent
 from .mirror import Mirror, public_methods
@@ -89,7 +88,7 @@ class Mirrored(nn.Module):
     def _row(
         self,
         module: hk.Module | type[hk.Module],
-        parent: "Scope | Mirrored",
+        parent: Any,
         name: str,
         dtypes: Mapping[int | str, Any] = MappingProxyType({}),
     ) -> "Mirrored":
@@ -97,7 +96,7 @@ class Mirrored(nn.Module):
 
         Args:
           module: The module; its class, if Flax sees none of its calls.
-          parent: The Flax parent, or the module's scope.
+          parent: The Flax parent, or the module's own :class:`flax.core.Scope`.
           name: The Flax name.
           dtypes: The dtypes among the arguments of the call.
         """
@@ -117,7 +116,7 @@ class Mirrored(nn.Module):
 class Origin:
     """Where a row comes from, in one field: Flax walks through each field of a module."""
 
-    module: hk.Module | type[hk.Module]
+    module: Any
     netket: bool
     dtypes: Mapping[int | str, Any]
 
@@ -153,7 +152,7 @@ class Row(Mirrored):
 def row_class(hk_cls: type[hk.Module]) -> type[Row]:
     """Returns the Flax class for the rows of a Haiku class."""
     namespace = {"__module__": __name__, "__doc__": hk_cls.__doc__}
-    return type(hk_cls.__name__, (Row,), namespace, haiku=hk_cls)  # type: ignore[call-overload]
+    return type(hk_cls.__name__, (Row,), namespace, haiku=hk_cls)
 
 
 def _flax_method(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -177,6 +176,6 @@ def _without_tracers(value: Any, copies: dict[int, Any]) -> Any:
             return jax.random.split(jax.random.key(0), value.shape)
         return jnp.zeros(value.shape, value.dtype)
     leaves, treedef = jax.tree.flatten(value)
-    if treedef == jax.tree.structure(0):
+    if jax.tree_util.treedef_is_leaf(treedef):
         return value
     return jax.tree.unflatten(treedef, [_without_tracers(leaf, copies) for leaf in leaves])

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, get_origin
+from typing import TYPE_CHECKING, Any, get_origin
 
 import haiku as hk
 import jax
@@ -12,6 +12,7 @@ from flax import linen as nn
 from flax.core import FrozenDict, freeze, unfreeze
 
 from .internals import original_function
+from .mirror import public_methods
 from .module import Mirrored
 from .params import Names
 
@@ -54,21 +55,33 @@ class HaikuFunction(Mirrored):
 class Wrapped(Mirrored):
     """The base of the classes that ``wrap`` makes."""
 
+    if TYPE_CHECKING:
+        # What wrap finds out of the Haiku class; at run time an annotation makes a field.
+        _haiku_class: type[hk.Module]
+        _parameters: dict[str, inspect.Parameter]
+        _root: str | None
+
     @classmethod
-    def __init_subclass__(cls, haiku: type[hk.Module], **kwargs: Any) -> None:
+    def __init_subclass__(cls, haiku: type[hk.Module] | None = None, **kwargs: Any) -> None:
+        if haiku is not None:
+            cls._add_fields(haiku)
+        super().__init_subclass__(haiku=haiku, **kwargs)
+
+    @classmethod
+    def _add_fields(cls, haiku: type[hk.Module]) -> None:
+        taken = _RESERVED.union(public_methods(haiku))
         cls._haiku_class = haiku
         cls._root = None
         cls._parameters = {}
         cls.__annotations__ = {}
         for parameter in inspect.signature(haiku).parameters.values():
             if parameter.name != "name":
-                field = parameter.name + "_" * (parameter.name in _RESERVED)
+                field = parameter.name + "_" * (parameter.name in taken)
                 cls._parameters[field] = parameter
                 cls.__annotations__[field] = Any
                 default = _default(parameter)
                 if default is not _REQUIRED:
                     setattr(cls, field, default)
-        super().__init_subclass__(haiku=haiku, **kwargs)
 
     def __post_init__(self) -> None:
         for field in self._parameters:
@@ -154,7 +167,7 @@ def wrap(hk_cls: type[hk.Module]) -> type[Mirrored]:
             f"wrap takes a subclass of hk.Module, got {hk_cls!r}: give a function to HaikuFunction"
         )
     namespace = {"__module__": hk_cls.__module__, "__doc__": hk_cls.__doc__}
-    return type(hk_cls.__name__, (Wrapped,), namespace, haiku=hk_cls)  # type: ignore[call-overload]
+    return type(hk_cls.__name__, (Wrapped,), namespace, haiku=hk_cls)
 
 
 def haiku_method(name: str) -> Callable[..., Any]:
