@@ -18,7 +18,8 @@ def perturb(name: str, value: Any, collection: str = "perturbations") -> Any:
     The gradient with respect to the variable is that with respect to the value, as for
     :meth:`flax.linen.Module.perturb`.  The variable belongs to the Haiku module that
     is running.  Under plain ``hk.transform``, and inside ``hk.scan``, ``hk.vmap`` and
-    the like, ``value`` is returned as it is.
+    the like, ``value`` is returned as it is.  (At ``init`` Haiku runs the first step of
+    ``hk.scan`` outside of it; a variable made there gets a zero gradient.)
 
     Args:
       name: Name of the variable.
@@ -124,7 +125,15 @@ def _has_gradient(leaf: Any) -> bool:
 def _variable_name(module: nn.Module, collection: str, name: str, value: jax.Array) -> str:
     """Returns ``name``, numbered while a variable of another shape has it."""
     candidate, number = name, 0
-    while jnp.shape(module.get_variable(collection, candidate, value)) != value.shape:
+    while module.has_variable(collection, candidate):
+        shape = jnp.shape(module.get_variable(collection, candidate))
+        if shape == value.shape:
+            return candidate
         number += 1
         candidate = f"{name}_{number}"
+    if number and not module.is_mutable_collection(collection):
+        raise ValueError(
+            f"the variable {name!r} of {'/'.join(module.path)!r} in {collection!r} has shape "
+            f"{shape}, the output has {value.shape}: initialise it with inputs of this shape"
+        )
     return candidate

@@ -58,11 +58,11 @@ class Mirror:
         try:
             if creating:
                 outputs: list[Any] = []
-                rng = self._peek_key()
+                rng = self._key("params")
                 _transformed.init(rng, lambda: outputs.append(self._hooked(body, creating)))
                 return outputs[0]
             params, state = store.load("params", params), store.load("state", state)
-            rng = self._next_key()
+            rng = self._key("apply", "dropout", "params")
             return _transformed.apply(params, state, rng, lambda: self._hooked(body, creating))[0]
         except (ValueError, AttributeError) as error:
             if store.flax_error is not None:
@@ -90,6 +90,7 @@ class Mirror:
     def _hooked(self, body: Callable[[], Any], creating: bool) -> Any:
         store = self.store
         store.start()
+        key = _haiku_key()
         token = _running.set(self)
         try:
             with (
@@ -103,6 +104,7 @@ class Mirror:
                 output = body()
         finally:
             _running.reset(token)
+        self._count_draws(key)
         if creating:
             store.store_new("params", hk.get_params())
         if self._host.is_initializing():
@@ -172,27 +174,24 @@ class Mirror:
                 hk_cls = modules.get(level, NameScope)
                 self._host._row(hk_cls, scope, level[-1]).inside_transform()
 
-    def _next_key(self) -> jax.Array | None:
-        """Returns the key that Haiku draws from at apply, None without random streams."""
-        for stream in ("apply", "dropout", "params"):
-            if self._host.scope.has_rng(stream):
-                return self._host.scope.make_rng(stream)
-        return None
+    def _key(self, *streams: str) -> jax.Array | None:
+        """Returns the key that Haiku draws from, of the first stream there is, or None.
 
-    def _peek_key(self) -> jax.Array | None:
-        """Returns the key that Haiku draws from at init.
-
-        The scope's counter stays where it is: a parameter at the root gets the key
-        that it would get in a native Flax module.
+        The stream's counter stays where it is: what a native Flax module would draw from
+        it next, a parameter at the root for instance, gets the same key here.
         """
         scope = self._host.scope
-        if not scope.has_rng("params"):
+        self._stream = next(filter(scope.has_rng, streams), None)
+        if self._stream is None:
             return None
-        counters = dict(scope.rng_counters)
-        scope.rng_counters["params"] += self._host._count_run()
-        key = scope.make_rng("params")
-        scope.rng_counters["params"] = counters["params"]
+        key = scope.make_rng(self._stream)
+        scope.rng_counters[self._stream] -= 1
         return key
+
+    def _count_draws(self, first: jax.Array | None) -> None:
+        """Moves the stream's counter on if Haiku drew, so that the next run draws others."""
+        if self._stream is not None and _haiku_key() is not first:
+            self._host.scope.rng_counters[self._stream] += 1
 
 
 @functools.cache
@@ -216,6 +215,12 @@ def public_methods(hk_cls: type[hk.Module]) -> dict[str, Callable[..., Any]]:
         for name, method in sorted(methods.items())
         if inspect.isfunction(method) and (name == "__call__" or not name.startswith("_"))
     }
+
+
+def _haiku_key() -> jax.Array | None:
+    """Returns the key that Haiku will split next: another object after each split."""
+    state = hk.maybe_get_rng_sequence_state()
+    return None if state is None else state[0]
 
 
 def _is_dtype(value: Any) -> bool:

@@ -31,7 +31,6 @@ class Mirrored(nn.Module):
     # What a mirrored call continues with.  A clone has none: it runs by itself, as
     # Flax does with each row when it counts FLOPs.
     _next_f = None
-    _num_runs = 0
 
     @classmethod
     def __init_subclass__(cls, haiku: type[hk.Module] | None = None, **kwargs: Any) -> None:
@@ -103,13 +102,6 @@ class Mirrored(nn.Module):
         hk_cls = module if isinstance(module, type) else type(module)
         origin = Origin(module, self._names().netket, dtypes)
         return row_class(hk_cls)(origin, parent=parent, name=name)
-
-    @nn.nowrap
-    def _count_run(self) -> int:
-        """Returns how often this bound module ran before."""
-        num_runs = self._num_runs
-        object.__setattr__(self, "_num_runs", num_runs + 1)
-        return num_runs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,133 @@
+"""What an import does and does not do, and what the distributions hold."""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import pytest
+
+import compat
+import haiku_mlp
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+IMPORTS = """
+import builtins, logging, sys, warnings
+sys.path.insert(0, {path!r})
+import haiku, jax, optax
+
+found = set()
+original = builtins.__import__
+
+def watch(name, globals=None, locals=None, fromlist=(), level=0):
+    importer = (globals or {{}}).get("__name__", "")
+    if importer.split(".")[0] == "haiku_mlp" and name.split(".")[0] in ("flax", "netket"):
+        found.add(importer + " imports " + name)
+    return original(name, globals, locals, fromlist, level)
+
+def settings():
+    return (
+        dict(jax.config.values), list(warnings.filters),
+        logging.root.level, list(logging.root.handlers),
+    )
+
+builtins.__import__ = watch
+before = settings()
+import haiku_mlp
+assert settings() == before, "a global setting changed"
+assert "netket" not in sys.modules
+assert haiku_mlp.__file__.startswith({path!r}), haiku_mlp.__file__
+print(*found)
+"""
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A copy of the package that a test may spoil."""
+    shutil.copytree(ROOT / "haiku_mlp", tmp_path / "haiku_mlp")
+    return tmp_path / "haiku_mlp"
+
+
+def test_core_imports_no_other_framework(run_fresh, package):
+    process = run_fresh(IMPORTS.format(path=str(package.parent)))
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip() == ""
+
+
+def test_a_planted_import_is_found(run_fresh, package):
+    with (package / "mlp.py").open("a") as file:
+        file.write("\nimport flax.linen\n")
+    process = run_fresh(IMPORTS.format(path=str(package.parent)))
+    assert process.stdout.strip() == "haiku_mlp.mlp imports flax.linen"
+
+
+def test_a_planted_setting_is_found(run_fresh, package):
+    with (package / "mlp.py").open("a") as file:
+        file.write("\njax.config.update('jax_enable_x64', True)\n")
+    process = run_fresh(IMPORTS.format(path=str(package.parent)))
+    assert "a global setting changed" in process.stderr
+
+
+def test_another_compat_is_named(run_fresh, tmp_path):
+    (tmp_path / "compat").mkdir()
+    (tmp_path / "compat" / "__init__.py").write_text("")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import haiku_mlp.__main__ as m; "
+    process = run_fresh(code + "m.flax_face()")
+    assert process.returncode != 0
+    assert f"another package named compat, {tmp_path / 'compat'}" in process.stderr
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    """The sdist, and the wheel built from it, of a clone: as pip builds them."""
+    folder = tmp_path_factory.mktemp("dist")
+    clone = folder / "clone"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    build = [sys.executable, "-m", "build", "--outdir", str(folder), str(clone)]
+    subprocess.run(build, check=True, capture_output=True)
+    return next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
+
+
+@pytest.mark.slow
+def test_distributions_hold_the_two_packages(distributions):
+    sdist, wheel = distributions
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {
+        "haiku_mlp",
+        "compat",
+    }
+    assert "haiku_mlp/py.typed" in names
+    assert "compat/py.typed" in names
+    with tarfile.open(sdist) as archive:
+        files = {pathlib.PurePath(name).parts[1:][:1] for name in archive.getnames()}
+    assert ("haiku_mlp",) in files
+    assert ("notebooks",) not in files
+
+
+@pytest.mark.slow
+def test_the_wheel_works_without_extras(distributions, tmp_path):
+    _, wheel = distributions
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", wheel], check=True)
+    code = """if True:
+        import haiku_mlp, compat, jax, jax.numpy as jnp
+        model = compat.MLP(hidden_dims=(8,))
+        variables = model.init(jax.random.key(0), jnp.ones((2, 3)))
+        print(model.apply(variables, jnp.ones((2, 3))).shape)
+        print(model.tabulate(jax.random.key(0), jnp.ones((2, 3))))
+    """
+    process = subprocess.run(
+        [python, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    assert "(2,)" in process.stdout
+    assert "MLP_0/Dense_1" in process.stdout
+
+
+def test_no_facts_are_written_twice():
+    assert compat.MLP.__dataclass_fields__.keys() - {"parent", "name"} == set(compat.blocks.FIELDS)
+    assert f"\n{haiku_mlp.__version__} " in (ROOT / "CHANGELOG.rst").read_text()
