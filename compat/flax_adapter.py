@@ -11,7 +11,7 @@ import haiku_mlp
 from haiku_mlp.initializers import default_bias_init, default_kernel_init
 
 from .blocks import Perceptron
-from .wrapping import HaikuFunction as HaikuFunction
+from .functions import HaikuFunction as HaikuFunction
 from .wrapping import wrap as wrap
 
 

@@ -29,12 +29,14 @@ def is_missing_rng(error: Exception) -> bool:
     return isinstance(error, haiku_base.MissingRNGError)
 
 
-def original_function(transformed: hk.Transformed | hk.TransformedWithState) -> Callable[..., Any]:
-    """Returns the function that ``hk.transform`` was given.
+def original_function(
+    transformed: hk.Transformed | hk.TransformedWithState,
+) -> Callable[..., Any] | None:
+    """Returns the function that ``hk.transform`` was given; None for a pair made by hand.
 
     ``init`` discards the function's output, which Flax's ``init_with_output`` returns.
     """
-    return transformed.init._original_fn  # type: ignore[attr-defined]
+    return getattr(transformed.init, "_original_fn", None)
 
 
 @contextlib.contextmanager

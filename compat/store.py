@@ -215,4 +215,8 @@ def _reserve(scope: Scope, collection: str, name: str, full_name: str) -> None:
 
 
 def _name_clash(full_name: str, part: str, parent: Scope) -> Exception:
-    return errors.NameInUseError("submodule", part, parent.path_text)
+    return ValueError(
+        f"{part!r} at {parent.path_text!r} is both a value and a submodule, which Haiku "
+        f"allows and Flax does not ({full_name!r}): rename one; or initialise with hk.transform "
+        "and convert by compat.to_flax, apply takes that tree"
+    )

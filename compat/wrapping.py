@@ -1,4 +1,4 @@
-"""Any Haiku module class, any Haiku function as a Flax module."""
+"""Any Haiku module class as a Flax module class."""
 
 import dataclasses
 import functools
@@ -11,45 +11,9 @@ import jax
 from flax import linen as nn
 from flax.core import FrozenDict, freeze, unfreeze
 
-from .internals import original_function
 from .mirror import public_methods
 from .module import Mirrored
 from .params import Names
-
-
-class HaikuFunction(Mirrored):
-    """A function of Haiku modules as a Flax module.
-
-    The Flax tree has Haiku's names, one level a module; values made outside of any
-    module are under ``~``.  State is the collection ``state``.  At ``init`` Haiku's own
-    initializers draw from the key that ``make_rng("params")`` gives at the root, at
-    ``apply`` from the stream ``apply``, ``dropout`` or ``params``, the first there is.
-
-    Args:
-      fn: A function that creates and calls Haiku modules, an :class:`haiku.Transformed`
-        or an :class:`haiku.TransformedWithState`.
-
-    Example::
-
-      >>> import haiku as hk, jax, jax.numpy as jnp
-      >>> import compat
-      >>> model = compat.HaikuFunction(lambda x: hk.nets.MLP((8, 1))(x))
-      >>> variables = model.init(jax.random.key(0), jnp.ones((5, 3)))
-      >>> jax.tree.map(jnp.shape, variables["params"]["mlp"]["~/linear_0"])
-      {'b': (8,), 'w': (3, 8)}
-    """
-
-    fn: Callable[..., Any] | hk.Transformed | hk.TransformedWithState
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the function."""
-        return self._run("__call__", args, kwargs)
-
-    @nn.nowrap
-    def _haiku(self) -> Callable[..., Any]:
-        if isinstance(self.fn, hk.Transformed | hk.TransformedWithState):
-            return original_function(self.fn)
-        return self.fn
 
 
 class Wrapped(Mirrored):
