@@ -7,7 +7,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from haiku_mlp import arguments
+from haiku_mlp import arguments, structure
 from haiku_mlp.arguments import Activation, Activations
 from haiku_mlp.initializers import Initializer, default_bias_init, default_kernel_init
 from haiku_mlp.linear import Linear
@@ -105,6 +105,51 @@ class MLP(hk.Module):
             x = activation(x) if callable(activation) else x
         return x
 
+    @hk.name_like("__call__")
+    def tangent_kernel(
+        self, x: jax.Array, y: jax.Array | None = None, *, chunk_size: int | None = None
+    ) -> jax.Array:
+        """Returns the tangent kernel ``(B, B', output_dim, output_dim)``.
+
+        ``K[i, j, a, b]`` sums over the parameters the derivative of output ``a`` at
+        ``x[i]`` times the conjugate derivative of output ``b`` at ``y[j]``:
+        see :func:`haiku_mlp.structure.tangent_kernel`.
+
+        Args:
+          x: Inputs ``(B, N)``.
+          y: Inputs ``(B', N)``; None: ``x``.
+          chunk_size: Rows of the kernel computed at a time; None: all.
+        """
+        return structure.tangent_kernel(_as_structure(self, x), x, y, chunk_size=chunk_size)
+
+    @hk.name_like("__call__")
+    def connected(self, x: jax.Array, sites: jax.Array, values: jax.Array) -> jax.Array:
+        """Returns ``(..., K, output_dim)``, the outputs where a few entries of ``x`` change.
+
+        See :func:`haiku_mlp.structure.connected`.
+
+        Args:
+          x: Inputs ``(..., N)``.
+          sites: Entries that change ``(..., K, m)``.
+          values: What they become ``(..., K, m)``.
+        """
+        return structure.connected(_as_structure(self, x), x, sites, values)
+
+    @hk.name_like("__call__")
+    def laplacian(self, x: jax.Array) -> structure.Derivatives:
+        """Returns value, gradient and Laplacian by the inputs, in one forward pass.
+
+        See :func:`haiku_mlp.structure.laplacian`.
+
+        Args:
+          x: Inputs ``(..., N)``, real.
+
+        Returns:
+          ``value (..., output_dim)``, ``gradient (..., output_dim, N)`` and
+          ``laplacian (..., output_dim)``.
+        """
+        return structure.laplacian(_as_structure(self, x), x)
+
 
 def _layers(block: MLP, input_size: int) -> list[tuple[Linear, Activation | None]]:
     """Returns the layers with their activations, first to last."""
@@ -124,6 +169,17 @@ def _layers(block: MLP, input_size: int) -> list[tuple[Linear, Activation | None
     ]
     hidden_activations = arguments.for_each_layer(block.hidden_activations, len(sizes))
     return list(zip(layers, (*hidden_activations, block.output_activation), strict=True))
+
+
+def _as_structure(block: MLP, x: jax.Array) -> tuple[structure.Layer, ...]:
+    """Returns the layers with their parameters, those that the forward call of ``x`` uses."""
+    layers: list[structure.Layer] = []
+    h = jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+    for linear, activation in _layers(block, h.shape[-1]):
+        layer = structure.Layer(*linear.parameters(h.shape[-1]), activation, block.precision)
+        layers.append(layer)
+        h = jax.eval_shape(lambda h, layer=layer: structure.forward((layer,), h), h)
+    return tuple(layers)
 
 
 def _hidden_sizes(block: MLP, input_size: int) -> tuple[int, ...]:

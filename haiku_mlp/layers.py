@@ -1,6 +1,5 @@
 """The layers of a multi-layer perceptron as plain arrays and functions."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,8 +9,8 @@ import jax.numpy as jnp
 from haiku_mlp.arguments import Activation
 from haiku_mlp.linear import _promote
 
-# Entries of the largest array that stays in the cache of a CPU core (2 MB of float64).
-_BLOCK_ENTRIES = 2**18
+# Entries of the largest array that stays in the cache of a CPU core (1 MB of float64).
+_BLOCK_ENTRIES = 2**17
 
 
 class Layer(NamedTuple):

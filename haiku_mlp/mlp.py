@@ -7,7 +7,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from haiku_mlp import arguments, blocks
+from haiku_mlp import arguments, blocks, structure
 from haiku_mlp.arguments import Activation, Activations
 from haiku_mlp.initializers import Initializer, default_bias_init, default_kernel_init
 
@@ -100,4 +100,89 @@ class MLP(hk.Module):
 
     def __call__(self, input: jax.Array) -> jax.Array:
         """Returns ``(...)`` for inputs ``(..., N)``."""
-        return blocks.MLP(1, **self._arguments, name="block")(input).squeeze(-1)
+        return _block(self)(input).squeeze(-1)
+
+    @hk.name_like("__call__")
+    def tangent_kernel(
+        self, x: jax.Array, y: jax.Array | None = None, *, chunk_size: int | None = None
+    ) -> jax.Array:
+        """Returns the tangent kernel ``(B, B')``, the Gram matrix of parameter derivatives.
+
+        ``K[i, j]`` sums over the parameters the derivative of the output at ``x[i]`` times
+        the conjugate derivative at ``y[j]``, without forming them:
+        see :func:`haiku_mlp.structure.tangent_kernel`.
+
+        Args:
+          x: Inputs ``(B, N)``.
+          y: Inputs ``(B', N)``; None: ``x``.
+          chunk_size: Rows of the kernel computed at a time; None: all.
+
+        Example::
+
+          >>> import haiku as hk, jax, jax.numpy as jnp
+          >>> import haiku_mlp
+          >>> net = hk.transform(lambda x: haiku_mlp.MLP(hidden_dims=(8,)).tangent_kernel(x))
+          >>> params = net.init(jax.random.key(0), jnp.ones((5, 3)))
+          >>> list(params)
+          ['mlp/block/linear_0', 'mlp/block/linear_1']
+          >>> net.apply(params, None, jnp.ones((5, 3))).shape
+          (5, 5)
+        """
+        return _block(self).tangent_kernel(x, y, chunk_size=chunk_size).squeeze((-2, -1))
+
+    @hk.name_like("__call__")
+    def connected(self, x: jax.Array, sites: jax.Array, values: jax.Array) -> jax.Array:
+        """Returns ``(..., K)``, the outputs where a few entries of ``x`` change.
+
+        Faster than evaluating the changed inputs, since only the changed entries pass the
+        first layer: see :func:`haiku_mlp.structure.connected`.
+
+        Args:
+          x: Inputs ``(..., N)``.
+          sites: Entries that change ``(..., K, m)``, integers.
+          values: What they become ``(..., K, m)``; the present value changes nothing.
+
+        Example::
+
+          >>> import haiku as hk, jax, jax.numpy as jnp
+          >>> import haiku_mlp
+          >>> def flip_each(x):
+          ...     sites = jnp.arange(x.shape[-1])[:, None]
+          ...     return haiku_mlp.MLP(hidden_dims=(8,)).connected(x, sites, -x[..., None])
+          >>> net = hk.transform(flip_each)
+          >>> spins = jnp.ones((5, 3), jnp.int8)
+          >>> params = net.init(jax.random.key(0), spins)
+          >>> net.apply(params, None, spins).shape
+          (5, 3)
+        """
+        return _block(self).connected(x, sites, values).squeeze(-1)
+
+    @hk.name_like("__call__")
+    def laplacian(self, x: jax.Array) -> structure.Derivatives:
+        """Returns value, gradient and Laplacian by the inputs, in one forward pass.
+
+        The activations must act on each number by itself and be smooth:
+        see :func:`haiku_mlp.structure.laplacian`.
+
+        Args:
+          x: Inputs ``(..., N)``, real.
+
+        Returns:
+          ``value (...)``, ``gradient (..., N)`` and ``laplacian (...)``.
+
+        Example::
+
+          >>> import haiku as hk, jax, jax.numpy as jnp
+          >>> import haiku_mlp
+          >>> net = hk.transform(lambda x: haiku_mlp.MLP(hidden_dims=(8,)).laplacian(x))
+          >>> params = net.init(jax.random.key(0), jnp.ones((5, 3)))
+          >>> value, gradient, laplacian = net.apply(params, None, jnp.ones((5, 3)))
+          >>> value.shape, gradient.shape, laplacian.shape
+          ((5,), (5, 3), (5,))
+        """
+        value, gradient, laplacian = _block(self).laplacian(x)
+        return structure.Derivatives(value.squeeze(-1), gradient.squeeze(-2), laplacian.squeeze(-1))
+
+
+def _block(mlp: MLP) -> blocks.MLP:
+    return blocks.MLP(1, **mlp._arguments, name="block")

@@ -2,12 +2,14 @@
 
 import functools
 import itertools
+import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from haiku_mlp.layers import Layer
+from haiku_mlp.linear import _promote
 
 # The derivatives by a layer's weights are sums of products of two factors: one like the
 # layer's inputs, (B, inputs), and one like its signals, (B, O, outputs).
@@ -86,7 +88,7 @@ def tangent_kernel(
     columns = rows if y is None else _derivatives(layers, _matrix("y", y))[1]
 
     def kernel_row(row: list[Factors]) -> jax.Array:
-        kernel = sum(map(_contribution, layers, row, columns))
+        kernel = functools.reduce(operator.add, map(_contribution, layers, row, columns))
         return kernel if jnp.iscomplexobj(outputs) else jnp.real(kernel)
 
     if chunk_size is None:
@@ -136,7 +138,7 @@ def _step(layer: Layer, following: Layer | None, z: jax.Array) -> tuple[jax.Arra
 
 def _factors(layer: Layer, h: jax.Array, real: jax.Array, imag: jax.Array | None) -> Factors:
     """Returns the factors of one layer from the derivatives of the outputs' parts."""
-    h = jnp.asarray(h, jnp.result_type(h, layer.w))
+    h, *_ = _promote(h, layer.w, None)
     if not jnp.iscomplexobj(real):
         return [(h, real if imag is None else real + 1j * imag)]
     if imag is None and jnp.iscomplexobj(layer.w):
@@ -149,13 +151,13 @@ def _factors(layer: Layer, h: jax.Array, real: jax.Array, imag: jax.Array | None
 def _contribution(layer: Layer, row: Factors, columns: Factors) -> jax.Array:
     """Returns a layer's part ``(O, B', O)`` of the kernel's row."""
     # A real parameter changes z and its conjugate at once, so their factors interfere.
-    pairs = zip(row, columns) if jnp.iscomplexobj(layer.w) else itertools.product(row, columns)
-    total: Any = 0
-    for (h, signal), (hs, signals) in pairs:
+    pair = zip if jnp.iscomplexobj(layer.w) else itertools.product
+    products = []
+    for (h, signal), (hs, signals) in pair(row, columns):
         gram = _inner(h, hs, layer.precision)
         gram = gram if layer.b is None else 1 + gram
-        total += jnp.reshape(gram, (1, -1, 1)) * _inner(signal, signals, layer.precision)
-    return total
+        products.append(jnp.reshape(gram, (1, -1, 1)) * _inner(signal, signals, layer.precision))
+    return functools.reduce(operator.add, products)
 
 
 def _inner(a: jax.Array, b: jax.Array, precision: Any) -> jax.Array:

@@ -6,7 +6,6 @@ import jax
 import netket as nk
 import numpy as np
 import pytest
-from flax import linen as nn
 
 import compat
 import haiku_mlp

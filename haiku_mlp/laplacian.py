@@ -1,0 +1,144 @@
+"""Value, gradient and Laplacian of a multi-layer perceptron in one forward pass."""
+
+import functools
+import operator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from haiku_mlp.arguments import Activation
+from haiku_mlp.layers import Layer, map_samples
+
+
+class Derivatives(NamedTuple):
+    """A function and its derivatives by its inputs.
+
+    Attributes:
+      value: ``(...)``, for a block with ``O`` outputs ``(..., O)``.
+      gradient: ``(..., N)``, for a block ``(..., O, N)``.
+      laplacian: ``(...)``, for a block ``(..., O)``.
+    """
+
+    value: jax.Array
+    gradient: jax.Array
+    laplacian: jax.Array
+
+
+def laplacian(layers: tuple[Layer, ...], x: jax.Array) -> Derivatives:
+    r"""Value, gradient and Laplacian of the outputs, in one forward pass.
+
+    Each layer passes on, beside its value, the Jacobian :math:`J_d = \partial_d z` and the
+    Laplacian :math:`L = \sum_d \partial_d^2 z` by the inputs.  A linear map acts on the
+    three alike; an activation :math:`h = \phi(z)` gives
+
+    .. math:: \partial_d h = \phi'(z) \, J_d, \quad
+              \sum_d \partial_d^2 h = \phi'(z) \, L + \phi''(z) \sum_d J_d^2
+
+    (forward Laplacian: Li et al. 2024, arXiv:2307.08214).  The Jacobian of the first layer
+    is ``w`` for all inputs, and the derivatives of ``phi`` are those of one number, so the
+    cost is that of ``N`` forward passes without the first layer.
+
+    The activations may be complex and need not be holomorphic: the inputs are real, and
+    ``phi`` is taken as a function of the real and the imaginary part of ``z``.
+
+    Args:
+      layers: The layers.  Their activations act on each entry by itself, and have second
+        derivatives (relu has none at its kinks, which are missing from the result).
+      x: Inputs ``(..., N)``, real.
+
+    Returns:
+      :class:`Derivatives`: ``value (..., O)``, ``gradient (..., O, N)`` and
+      ``laplacian (..., O)``.
+
+    Raises:
+      TypeError: ``x`` is complex.
+      ValueError: An activation does not act on each number by itself (softmax).
+
+    Example::
+
+      >>> import jax.numpy as jnp
+      >>> from haiku_mlp.structure import Layer, laplacian
+      >>> square = Layer(w=jnp.array([[1.], [2.]]), activation=jnp.square)
+      >>> at = laplacian((square,), jnp.array([1., 1.]))  # of (x + 2y)**2
+      >>> at.value, at.gradient
+      (Array([9.], dtype=float32), Array([[ 6., 12.]], dtype=float32))
+      >>> at.laplacian
+      Array([10.], dtype=float32)
+    """
+    x = jnp.asarray(x)
+    if jnp.iscomplexobj(x):
+        raise TypeError(f"x must be real, got {x.dtype}")
+    batch, num_inputs = x.shape[:-1], x.shape[-1]
+    widths = [layer.w.shape[-1] for layer in layers]
+    derivatives = map_samples(
+        functools.partial(_laplacian, layers),
+        (x.reshape(-1, num_inputs),),
+        entries=num_inputs * max(widths),
+    )
+    return jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), derivatives)
+
+
+def _laplacian(layers: tuple[Layer, ...], x: jax.Array) -> Derivatives:
+    """Returns the derivatives for one input ``(N,)``."""
+    first, *rest = layers
+    z = first.affine(x)
+    at = Derivatives(z, jnp.asarray(first.w, z.dtype), jnp.zeros_like(z))
+    at = _activate(first, at)
+    for layer in rest:
+        apply = functools.partial(jnp.matmul, precision=layer.precision)
+        at = Derivatives(
+            layer.affine(at.value), apply(at.gradient, layer.w), apply(at.laplacian, layer.w)
+        )
+        at = _activate(layer, at)
+    return at._replace(gradient=at.gradient.T)
+
+
+def _activate(layer: Layer, at: Derivatives) -> Derivatives:
+    """Returns the derivatives of ``phi(z)`` from those of ``z``, its Jacobian as ``(N, n)``."""
+    phi = layer.activation
+    if not callable(phi):
+        return at
+    z, jacobian, laplacian = at.value, _parts(at.gradient), _parts(at.laplacian)
+    _check_elementwise(phi, z.dtype)
+    directions = [jnp.full_like(z, unit) for unit in ((1, 1j) if jnp.iscomplexobj(z) else (1,))]
+    slopes = [functools.partial(_along, phi, direction) for direction in directions]
+    first = [slope(z) for slope in slopes]
+    second = [[_along(slope, direction, z) for direction in directions] for slope in slopes]
+    curvatures = [
+        f * jnp.sum(a * b, axis=0)
+        for row, a in zip(second, jacobian, strict=True)
+        for f, b in zip(row, jacobian, strict=True)
+    ]
+    return Derivatives(
+        value=phi(z),
+        gradient=_sum([f[None] * part for f, part in zip(first, jacobian, strict=True)]),
+        laplacian=_sum([f * part for f, part in zip(first, laplacian, strict=True)] + curvatures),
+    )
+
+
+def _sum(terms: list[jax.Array]) -> jax.Array:
+    return functools.reduce(operator.add, terms)
+
+
+def _along(function: Activation, direction: jax.Array, z: jax.Array) -> jax.Array:
+    """Returns the derivative of ``function`` at ``z`` along ``direction``."""
+    return jax.jvp(function, (z,), (direction,))[1]
+
+
+def _parts(a: jax.Array) -> list[jax.Array]:
+    return [a.real, a.imag] if jnp.iscomplexobj(a) else [a]
+
+
+def _check_elementwise(activation: Activation, dtype: Any) -> None:
+    number = jax.ShapeDtypeStruct((), dtype)
+    try:
+        is_elementwise = jax.eval_shape(activation, number).shape == ()
+        cause = None
+    except Exception as error:  # whatever it raises, it does not take a number
+        is_elementwise, cause = False, error
+    if not is_elementwise:
+        raise ValueError(
+            f"laplacian needs activations that act on each number by itself, got {activation!r}, "
+            "which cannot be applied to one number"
+        ) from cause

@@ -1,0 +1,204 @@
+"""Natural-gradient steps from a tangent kernel: a linear system as large as the batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def min_sr(
+    kernel: jax.Array, residuals: jax.Array, damping: jax.Array | float, *, centered: bool = True
+) -> jax.Array:
+    r"""Weights of the samples whose vjp is the natural-gradient step.
+
+    With the Jacobian :math:`J` of the outputs by the parameters at ``B`` samples and the
+    residuals :math:`r`, the step of stochastic reconfiguration (or of Gauss-Newton)
+
+    .. math:: \delta = (J^\dagger J / B + \lambda)^{-1} J^\dagger r / B
+              = J^\dagger (J J^\dagger / B + \lambda)^{-1} r / B
+
+    needs, in the second form, only the kernel :math:`K = J J^\dagger`: a system as large as
+    the batch instead of the number of parameters (minSR: Chen and Heyl 2024,
+    doi:10.1038/s41567-024-02566-1).  For a wave function, which has no norm, the mean over
+    the samples is taken from :math:`J` and :math:`r`.
+
+    The system is solved by Cholesky decomposition.  Where that fails, since damping and
+    rounding leave it singular or indefinite, the solution is that of smallest norm in the
+    eigenvectors of positive eigenvalues.
+
+    Args:
+      kernel: Tangent kernel ``(B, B)``, for ``O`` outputs ``(B, B, O, O)``.
+      residuals: ``(B,)``, for ``O`` outputs ``(B, O)``: twice the local energies for the
+        energy of a wave function (its gradient has this factor), outputs minus targets
+        for least squares.
+      damping: :math:`\lambda`, a number that is not negative, in units of ``kernel / B``.
+      centered: Whether to take the mean from ``kernel`` and ``residuals``: True for wave
+        functions, False for least squares.
+
+    Returns:
+      The weights ``v``, shaped as ``residuals``.  The step, to be subtracted, is
+      ``conj(vjp(conj(v)))``: :func:`natural_gradient` computes it.  NaN if under
+      :func:`jax.jit` an argument holds one.
+
+    Raises:
+      ValueError: The shapes do not fit; or, outside of :func:`jax.jit` only, the damping
+        is negative, an argument is not finite, or the kernel is not Hermitian or has
+        negative eigenvalues.
+
+    Example::
+
+      >>> import jax.numpy as jnp
+      >>> import haiku_mlp
+      >>> kernel = jnp.array([[2., 1.], [1., 5.]])
+      >>> weights = haiku_mlp.min_sr(kernel, jnp.array([3., 6.]), 0., centered=False)
+      >>> kernel @ weights  # the step without damping takes away the residuals
+      Array([3., 6.], dtype=float32)
+    """
+    kernel, residuals, damping = map(jnp.asarray, (kernel, residuals, damping))
+    _check_shapes(kernel, residuals, damping)
+    is_concrete = not any(isinstance(a, jax.core.Tracer) for a in (kernel, residuals, damping))
+    if is_concrete:
+        _check_values(kernel, residuals, damping)
+    dtype = jnp.promote_types(jnp.result_type(kernel, residuals), jnp.float32)
+    kernel, rhs = kernel.astype(dtype), residuals.astype(dtype)
+    if centered:
+        kernel, rhs = _center(_center(kernel, 0), 1), _center(rhs, 0)
+    num_samples = len(rhs)
+    matrix = _as_matrix(kernel / num_samples)
+    matrix += damping.astype(dtype) * jnp.eye(len(matrix), dtype=dtype)
+    solution = _solve(matrix, rhs.reshape(-1), is_concrete).reshape(rhs.shape)
+    return (_center(solution, 0) if centered else solution) / num_samples
+
+
+def natural_gradient(
+    function: Callable[[Any], jax.Array],
+    params: Any,
+    kernel: jax.Array,
+    residuals: jax.Array,
+    damping: jax.Array | float,
+    *,
+    centered: bool = True,
+    momentum: jax.Array | float = 0.0,
+    previous: Any = None,
+) -> Any:
+    r"""The natural-gradient step, with the momentum of SPRING.
+
+    SPRING asks the step to solve for the residuals as in :func:`min_sr`, but to be small
+    in its distance from :math:`\mu` times the previous step instead of from zero
+    (Goldshlager et al. 2024, arXiv:2401.10190):
+
+    .. math:: \delta = \mu \delta' + J^\dagger (J J^\dagger / B + \lambda)^{-1}
+              (r - \mu J \delta') / B
+
+    Args:
+      function: From parameters to the outputs, shaped as ``residuals``, whose tangent
+        kernel is ``kernel``.  Holomorphic in complex parameters, or real.
+      params: The parameters.
+      kernel: As for :func:`min_sr`.
+      residuals: As for :func:`min_sr`.
+      damping: As for :func:`min_sr`.
+      centered: As for :func:`min_sr`.
+      momentum: :math:`\mu`; 0 with no ``previous``.
+      previous: The step before this one; None: there was none.
+
+    Returns:
+      The step to be subtracted, a tree like ``params``.  Give it to ``optax.sgd`` as the
+      gradient.
+
+    Raises:
+      ValueError: As for :func:`min_sr`.
+
+    Example::
+
+      >>> import haiku as hk, jax, jax.numpy as jnp
+      >>> import haiku_mlp
+      >>> def forward_and_kernel():
+      ...     mlp = haiku_mlp.MLP(hidden_dims=(8,))
+      ...     return mlp, (mlp, mlp.tangent_kernel)
+      >>> net = hk.without_apply_rng(hk.multi_transform(forward_and_kernel))
+      >>> x = jnp.linspace(-1., 1., 20)[:, None]
+      >>> params = net.init(jax.random.key(0), x)
+      >>> forward, kernel = net.apply
+      >>> def loss(params):
+      ...     return jnp.mean((forward(params, x) - jnp.sin(3 * x[:, 0])) ** 2)
+      >>> step = None
+      >>> for _ in range(30):
+      ...     residuals = forward(params, x) - jnp.sin(3 * x[:, 0])
+      ...     step = haiku_mlp.natural_gradient(
+      ...         lambda p: forward(p, x), params, kernel(params, x), residuals, 1e-3,
+      ...         centered=False, momentum=0.5, previous=step)
+      ...     params = jax.tree.map(lambda p, d: p - 0.5 * d, params, step)
+      >>> bool(loss(params) < 1e-3)
+      True
+    """
+    outputs, pull = jax.vjp(function, params)
+    if previous is not None:
+        _, change = jax.jvp(function, (params,), (previous,))
+        residuals = residuals - momentum * change
+    weights = min_sr(kernel, residuals, damping, centered=centered)
+    (step,) = pull(jnp.conj(weights).astype(outputs.dtype))
+    step = jax.tree.map(jnp.conj, step)
+    if previous is None:
+        return step
+    return jax.tree.map(lambda new, old: new + momentum * old, step, previous)
+
+
+def _check_shapes(kernel: jax.Array, residuals: jax.Array, damping: jax.Array) -> None:
+    if damping.shape != ():
+        raise ValueError(f"damping must be a number, got the shape {damping.shape}")
+    batch, outputs = residuals.shape[:1], residuals.shape[1:]
+    if residuals.ndim not in (1, 2) or residuals.size == 0:
+        raise ValueError(f"residuals must be (B,) or (B, O), not empty, got {residuals.shape}")
+    if kernel.shape != batch * 2 + outputs * 2:
+        raise ValueError(
+            f"kernel must be {batch * 2 + outputs * 2} for residuals {residuals.shape}, "
+            f"got {kernel.shape}"
+        )
+
+
+def _check_values(kernel: jax.Array, residuals: jax.Array, damping: jax.Array) -> None:
+    for name, value in (("kernel", kernel), ("residuals", residuals), ("damping", damping)):
+        if not jnp.all(jnp.isfinite(value)):
+            raise ValueError(f"{name} has entries that are not finite")
+    if not damping >= 0:
+        raise ValueError(f"damping must not be negative, got {damping}")
+    matrix = _as_matrix(kernel)
+    if jnp.max(jnp.abs(matrix - matrix.conj().T)) > _tolerance(matrix) * jnp.max(jnp.abs(matrix)):
+        raise ValueError(
+            "kernel is not Hermitian: give the tangent kernel of one batch with itself"
+        )
+
+
+def _tolerance(matrix: jax.Array) -> float:
+    return float(jnp.finfo(matrix.dtype).eps) ** 0.5
+
+
+def _as_matrix(kernel: jax.Array) -> jax.Array:
+    """Returns ``(B, B)`` as it is and ``(B, B, O, O)`` as ``(B * O, B * O)``."""
+    if kernel.ndim == 2:
+        return kernel
+    size = kernel.shape[0] * kernel.shape[2]
+    return jnp.swapaxes(kernel, 1, 2).reshape(size, size)
+
+
+def _center(a: jax.Array, axis: int) -> jax.Array:
+    return a - jnp.mean(a, axis, keepdims=True)
+
+
+def _solve(matrix: jax.Array, rhs: jax.Array, is_concrete: bool) -> jax.Array:
+    factor = jax.scipy.linalg.cho_factor(matrix, lower=True)
+    solution = jax.scipy.linalg.cho_solve(factor, rhs)
+    is_solved = jnp.all(jnp.isfinite(solution))
+    if is_concrete and not is_solved:
+        values = jnp.linalg.eigvalsh(matrix)
+        if values[0] < -_tolerance(matrix) * values[-1]:
+            raise ValueError(f"kernel / B + damping has the negative eigenvalue {values[0]}")
+    return jax.lax.cond(is_solved, lambda: solution, lambda: _solve_semidefinite(matrix, rhs))
+
+
+def _solve_semidefinite(matrix: jax.Array, rhs: jax.Array) -> jax.Array:
+    values, vectors = jnp.linalg.eigh(matrix)
+    cutoff = len(values) * jnp.finfo(matrix.dtype).eps * jnp.max(jnp.abs(values))
+    inverse = jnp.where(values > cutoff, 1 / values, 0)
+    return vectors @ (inverse * (vectors.conj().T @ rhs))

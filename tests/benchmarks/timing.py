@@ -1,0 +1,58 @@
+"""Ratios of times measured in one run: interleaved repetitions, medians, spread."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+
+class Ratio(NamedTuple):
+    """How long one thing takes in units of another, and the quartiles of that."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3g} ({self.low:.3g} to {self.high:.3g})"
+
+
+def seconds(
+    functions: dict[str, Callable[[], object]], *, budget: float = 4.0, least: int = 7
+) -> dict[str, list[float]]:
+    """Returns the times of each function, called in turns until the budget (s) is spent."""
+    for function in functions.values():
+        jax.block_until_ready(function())
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    start = time.perf_counter()
+    while time.perf_counter() - start < budget or len(next(iter(times.values()))) < least:
+        gc.collect()
+        for name, function in functions.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(function())
+            times[name].append(time.perf_counter() - begin)
+    return times
+
+
+def ratio(times: list[float], reference: list[float]) -> Ratio:
+    """Returns the ratio of two interleaved series, turn by turn."""
+    ratios = sorted(a / b for a, b in zip(times, reference, strict=True))
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return Ratio(median, low, high)
+
+
+def ratios(
+    functions: dict[str, Callable[[], object]], reference: str, **options: float
+) -> dict[str, Ratio]:
+    """Returns each function's time in units of the reference's."""
+    times = seconds(functions, **options)
+    return {name: ratio(series, times[reference]) for name, series in times.items()}
+
+
+def peak_bytes(function: Callable[..., object], *arguments: object) -> int:
+    """Returns the temporary memory of the compiled function."""
+    analysis = jax.jit(function).lower(*arguments).compile().memory_analysis()
+    return analysis.temp_size_in_bytes + analysis.output_size_in_bytes

@@ -1,0 +1,149 @@
+"""Tests that need four devices; ``test_sharding.py`` runs them where there are four."""
+
+import re
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import worker
+from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
+
+import compat
+import haiku_mlp
+
+P = PartitionSpec
+KEY = jax.random.key(0)
+X = np.random.default_rng(0).normal(size=(8, 4))
+
+# Split sums add their float64 terms (at most 16 samples or 12 units) in another order.
+ROUNDING = 1e-13
+
+
+def run(face, data, model, steps=6):
+    """Returns the losses of a training and the last weights."""
+    steps = list(worker.train(worker.FACES[face](), worker.make_mesh(data, model), steps))
+    return [value for _, value, _ in steps], steps[-1][2]
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return run("haiku", 1, 1)
+
+
+def test_devices():
+    assert jax.device_count() == 4
+
+
+@pytest.mark.parametrize(("data", "model"), [(4, 1), (1, 4), (2, 2)])
+def test_training(on_one_device, data, model):
+    losses, weights = on_one_device
+    haiku_losses, haiku_weights = run("haiku", data, model)
+    flax_losses, flax_weights = run("flax", data, model)
+    np.testing.assert_allclose(haiku_losses, losses, rtol=ROUNDING)
+    assert flax_losses == haiku_losses
+    jax.tree.map(np.testing.assert_array_equal, compat.to_flax(haiku_weights), flax_weights)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=ROUNDING), weights, haiku_weights
+    )
+    assert losses[-1] < losses[0] / 1.5
+
+
+def test_each_device_holds_its_part_of_the_hidden_units():
+    _, weights = run("flax", 1, 4, steps=2)
+    parts = jax.tree.map(lambda leaf: leaf.addressable_shards[0].data.shape, weights)
+    assert parts["params"]["MLP_0"] == {
+        "Dense_0": {"kernel": (6, 2), "bias": (2,)},
+        "Dense_1": {"kernel": (2, 12), "bias": (12,)},
+        "Dense_2": {"kernel": (12, 1), "bias": (1,)},
+        "Dense_3": {"kernel": (1, 1), "bias": (1,)},
+    }
+
+
+def test_a_pair_of_layers_ends_with_one_sum():
+    """And nothing else goes from device to device: four layers, two sums."""
+    face, mesh = worker.haiku_face(), worker.make_mesh(1, 4)
+    where = worker.shardings(face, mesh)["weights"]
+    weights = jax.jit(face.init, out_shardings=where)(KEY, worker.X)
+    program = jax.jit(face.apply).lower(weights, worker.X).compile().as_text()
+    collectives = r"= \S+ (all-\w+|reduce-scatter|collective-\w+)\("
+    assert re.findall(collectives, program) == ["all-reduce", "all-reduce"]
+
+
+def test_a_size_that_does_not_divide_is_refused():
+    model = compat.MLP(hidden_dims=(6,))
+    mesh = worker.make_mesh(1, 4)
+    variables = model.init(KEY, X)
+    specs = compat.to_flax(haiku_mlp.partition_specs(compat.to_haiku(variables)[0]))
+    where = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    with pytest.raises(ValueError, match=r"full shape: \(6,\)"):
+        jax.device_put(variables, where)
+
+
+def test_data_parallel_outputs_have_the_bits_of_one_device():
+    model = compat.MLP(hidden_dims=(8,))
+    variables = model.init(KEY, X)
+    x = jax.device_put(X, NamedSharding(worker.make_mesh(4, 1), P("data")))
+    outputs = jax.jit(model.apply)(variables, x)
+    assert outputs.sharding.spec == P("data")
+    np.testing.assert_array_equal(outputs, jax.jit(model.apply)(variables, X))
+
+
+@pytest.mark.parametrize("dtype", [float, complex])
+def test_tangent_kernel_over_samples(dtype):
+    model = compat.MLP(hidden_dims=(8, 8), param_dtype=dtype, hidden_activations=jnp.tanh)
+    variables = model.init(KEY, X)
+    mesh = worker.make_mesh(4, 1)
+
+    @jax.jit
+    def kernel(variables, x):
+        return model.apply(variables, x, method="tangent_kernel")
+
+    sharded = kernel(variables, jax.device_put(X, NamedSharding(mesh, P("data"))))
+    whole = kernel(variables, X)
+    assert {shard.data.shape for shard in sharded.addressable_shards} == {(2, 8)}
+
+    np.testing.assert_array_equal(sharded, whole)
+
+
+def boxed_mlp():
+    init = nn.with_partitioning(jax.nn.initializers.lecun_normal(), ("inputs", "hidden"))
+    return nn.Sequential([compat.blocks.MLP(8, kernel_init=init), jnp.tanh, nn.Dense(1)])
+
+
+def boxed_haiku():
+    init = nn.with_partitioning(jax.nn.initializers.lecun_normal(), ("inputs", "hidden"))
+    w_init = haiku_mlp.JaxInitializer(init)
+    return compat.HaikuFunction(lambda x: hk.Linear(8, with_bias=False, w_init=w_init)(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "path"),
+    [(boxed_mlp(), ("layers_0", "Dense_0", "kernel")), (boxed_haiku(), ("linear", "w"))],
+    ids=["compat.MLP", "haiku"],
+)
+def test_boxes(model, path):
+    """Logical names, mesh rules, and an init that makes each part on its own device."""
+    mesh = worker.make_mesh(1, 4)
+    logical = nn.get_partition_spec(jax.eval_shape(model.init, KEY, X))
+    assert _at(logical, path) == P("inputs", "hidden")
+    rules = (("inputs", None), ("hidden", "model"))
+    specs = nn.logical_to_mesh(logical, rules)
+    assert _at(specs, path) == P(None, "model")
+    where = nn.logical_to_mesh_sharding(logical, mesh, rules)
+    variables = jax.jit(model.init, out_shardings=where)(KEY, X)
+    kernel = _at(variables, path)
+    assert isinstance(kernel, nn.Partitioned)
+    assert {shard.data.shape for shard in kernel.value.addressable_shards} == {(4, 2)}
+    whole = jax.jit(model.init)(KEY, X)
+    jax.tree.map(np.testing.assert_array_equal, variables, whole)
+    outputs = jax.jit(model.apply)(variables, X)
+    np.testing.assert_allclose(outputs, jax.jit(model.apply)(whole, X), rtol=ROUNDING)
+
+
+def _at(variables, path):
+    for key in ("params", *path):
+        variables = variables[key]
+    return variables
