@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,9 +25,21 @@ def haiku_context() -> object:
 def is_missing_rng(error: Exception) -> bool:
     """Returns whether Haiku raised ``error`` because it had no random key to draw from.
 
-    Haiku exports no class of its own for that error.
+    Haiku exports no class of its own for that error; where an initializer drew at apply,
+    it is the cause of another.
     """
-    return isinstance(error, haiku_base.MissingRNGError)
+    return isinstance(error, haiku_base.MissingRNGError) or isinstance(
+        error.__cause__, haiku_base.MissingRNGError
+    )
+
+
+def missing_state(error: Exception) -> tuple[str, str] | None:
+    """Returns the module and the name of the state that Haiku did not find, if it did not.
+
+    Haiku tells it by the text of a ValueError alone.
+    """
+    match = re.match(r"No value for '(.*)' in '(.*)', perhaps", str(error))
+    return None if match is None else (match[2], match[1])
 
 
 def original_function(

@@ -20,11 +20,12 @@ import numpy as np
 from flax import errors
 from flax import linen as nn
 
-from .internals import is_missing_rng
+from .internals import is_missing_rng, missing_state
 from .params import Names
 from .store import Store
 
 _transformed = hk.transform_with_state(lambda body: body())
+_AT_APPLY = ("apply", "dropout")
 _running: contextvars.ContextVar["Mirror"] = contextvars.ContextVar("mirror")
 
 
@@ -58,18 +59,21 @@ class Mirror:
         try:
             if creating:
                 outputs: list[Any] = []
-                rng = self._key("params")
+                rng = self._key("params", *([] if self._host.is_initializing() else _AT_APPLY))
                 _transformed.init(rng, lambda: outputs.append(self._hooked(body, creating)))
                 return outputs[0]
             params, state = store.load("params", params), store.load("state", state)
-            rng = self._key("apply", "dropout", "params")
+            rng = self._key(*_AT_APPLY, "params")
             return _transformed.apply(params, state, rng, lambda: self._hooked(body, creating))[0]
         except (ValueError, AttributeError) as error:
             if store.flax_error is not None:
                 raise store.flax_error from error
             if is_missing_rng(error):
-                stream = "params" if creating else "apply"
+                stream = "params" if store.may_create else "apply"
                 raise errors.InvalidRngError(f'{scope.name} needs PRNG for "{stream}"') from error
+            missing = missing_state(error)
+            if missing is not None and not creating:
+                raise store.state_not_found(*missing) from error
             raise
 
     def enter(self, module: hk.Module) -> None:

@@ -4,9 +4,10 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import haiku as hk
 import jax
@@ -17,6 +18,21 @@ from flax import linen as nn
 from .internals import no_flax_parent
 from .mirror import Mirror, public_methods
 from .params import Names
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def cached(function: F) -> F:
+    """As ``functools.cache``, but threads that call at once get the same object too."""
+    lock = threading.RLock()
+    results = functools.cache(function)
+
+    @functools.wraps(function)
+    def locked(*args: Any) -> Any:
+        with lock:
+            return results(*args)
+
+    return cast(F, locked)
 
 
 class Mirrored(nn.Module):
@@ -140,7 +156,7 @@ class Row(Mirrored):
         return ()
 
 
-@functools.cache
+@cached
 def row_class(hk_cls: type[hk.Module]) -> type[Row]:
     """Returns the Flax class for the rows of a Haiku class."""
     namespace = {"__module__": __name__, "__doc__": hk_cls.__doc__}
@@ -152,6 +168,7 @@ def _flax_method(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     def flax_method(self: Mirrored, *args: Any, **kwargs: Any) -> Any:
         return self._run(name, args, kwargs)
 
+    flax_method.__name__ = name  # Flax's summary looks for the method by it
     return flax_method
 
 

@@ -8,7 +8,7 @@ the part that follows, ``{"mlp": {"~/linear_0": {"w": ...}}}``.
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 Path = tuple[str, ...]
@@ -44,17 +44,30 @@ class Names:
             path = tuple("block" if p == "MLP_0" else _DENSE.sub(r"linear_\1", p) for p in path)
         return "/".join(path if self.root is None else (self.root, *path))
 
-    def leaf(self, collection: str, module_name: str, name: str) -> str:
-        """Returns the Flax name of a Haiku value."""
-        if self.netket and collection == "params" and _LINEAR.search(module_name):
-            return {"w": "kernel", "b": "bias"}.get(name, name)
-        return name
+    def key(
+        self,
+        collection: str,
+        module_name: str,
+        name: str,
+        value: Any = None,
+        submodules: Collection[str] = (),
+    ) -> str:
+        """Returns the Flax name of a Haiku value.
 
-    def haiku_leaf(self, collection: str, module_name: str, name: str) -> str:
-        """Returns the Haiku name of a Flax value: the inverse of ``leaf``."""
+        A value that is itself a mapping, or has the name of a submodule, gets a ``~``
+        behind its name, so that values and levels stay apart.
+        """
         if self.netket and collection == "params" and _LINEAR.search(module_name):
-            return {"kernel": "w", "bias": "b"}.get(name, name)
-        return name
+            name = {"w": "kernel", "b": "bias"}.get(name, name)
+        escaped = name in submodules or isinstance(value, Mapping) or name.endswith("~")
+        return name + "~" if escaped else name
+
+    def name(self, collection: str, module_name: str, key: str) -> str:
+        """Returns the Haiku name of a Flax value: the inverse of ``key``."""
+        key = key.removesuffix("~")
+        if self.netket and collection == "params" and _LINEAR.search(module_name):
+            return {"kernel": "w", "bias": "b"}.get(key, key)
+        return key
 
 
 @functools.cache
@@ -89,11 +102,7 @@ def _parts(module_name: str) -> Path:
 
 
 def unflatten(names: Names, collection: str, tree: Mapping[str, Tree]) -> dict[str, Any]:
-    """Returns the nested Flax tree of a flat Haiku tree.
-
-    A value that is itself a mapping, or has the name of a submodule, gets a ``~``
-    behind its name, so that values and levels stay apart.
-    """
+    """Returns the nested Flax tree of a flat Haiku tree."""
     nested: dict[str, Any] = {}
     levels = {name: _level(nested, names.path(name)) for name in tree}
     submodules = {name: set(level) for name, level in levels.items()}
@@ -102,24 +111,45 @@ def unflatten(names: Names, collection: str, tree: Mapping[str, Tree]) -> dict[s
         if not values and level:
             level[""] = {}  # a module without values, but with submodules
         for name, value in values.items():
-            key = names.leaf(collection, module_name, name)
-            clash = key in submodules[module_name] or isinstance(value, Mapping)
-            level[key + "~" if clash or key.endswith("~") else key] = value
+            level[names.key(collection, module_name, name, value, submodules[module_name])] = value
     return nested
 
 
 def flatten(names: Names, collection: str, tree: Tree) -> HaikuTree:
-    """Returns the flat Haiku tree of a nested Flax tree: the inverse of ``unflatten``."""
+    """Returns the flat Haiku tree of a nested Flax tree: the inverse of ``unflatten``.
+
+    Leaves out what ``unflatten`` would have named otherwise: it is no value of Haiku's.
+    Takes a tree of ``haiku.experimental.flax`` too, whose levels are whole module names.
+    """
+    if names == Names() and _has_whole_names(tree):
+        return {module_name: dict(values) for module_name, values in tree.items()}
     flat: HaikuTree = {}
     for path, level in _levels(tree):
-        values = {key: value for key, value in level.items() if _is_value(key, value)}
+        module_name = names.module_name(path)
+        if names.path(module_name) != path:
+            continue
+        submodules = {key for key, value in level.items() if not _is_value(key, value)}
+        values = {}
+        for key, value in level.items():
+            name = names.name(collection, module_name, key)
+            named = names.key(collection, module_name, name, value, submodules)
+            if key == named and key not in submodules:
+                values[name] = value
         if values or "" in level or (path and not level):
-            module_name = names.module_name(path)
-            flat[module_name] = {
-                names.haiku_leaf(collection, module_name, key.removesuffix("~")): value
-                for key, value in values.items()
-            }
+            flat[module_name] = values
     return flat
+
+
+def unknown(names: Names, collection: str, tree: Tree) -> str | None:
+    """Returns the path of something that ``flatten`` leaves out, or None."""
+    if names == Names() and _has_whole_names(tree):
+        return None
+    known = set(_value_paths(unflatten(names, collection, flatten(names, collection, tree))))
+    return next(("/".join(path) for path in _value_paths(tree) if path not in known), None)
+
+
+def _has_whole_names(tree: Tree) -> bool:
+    return any("/" in key[1:] for key in tree)
 
 
 def _level(tree: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -137,3 +167,10 @@ def _levels(tree: Tree, path: Path = ()) -> Iterator[tuple[Path, Tree]]:
 
 def _is_value(key: str, value: Any) -> bool:
     return not isinstance(value, Mapping) or (len(key) > 1 and key.endswith("~"))
+
+
+def _value_paths(tree: Tree) -> Iterator[Path]:
+    for path, level in _levels(tree):
+        for key, value in level.items():
+            if _is_value(key, value):
+                yield (*path, key)

@@ -47,6 +47,7 @@ class Store:
         self._root = scope
         self._scopes: dict[Path, Scope] = {(): scope}
         self._loaded: dict[str, HaikuTree] = {}
+        self._submodules: dict[tuple[str, Path], set[str]] = {}
         self._created: dict[str, Any] = {}
         self._written: set[str] = set()
 
@@ -62,6 +63,10 @@ class Store:
                 if isinstance(value, meta.AxisMetadata):
                     values[name] = value.unbox()
         self._loaded[collection] = flat
+        for module_name in flat:
+            path = self.names.path(module_name)
+            for depth, part in enumerate(path):
+                self._submodules.setdefault((collection, path[:depth]), set()).add(part)
         return flat
 
     def scope(self, module_name: str) -> Scope:
@@ -106,16 +111,17 @@ class Store:
         if context.full_name in self._created:
             return hk.DO_NOT_STORE
         scope = self.scope(context.module_name)
-        name = self.names.leaf("params", context.module_name, context.name)
+        name = self.names.key("params", context.module_name, context.name)
         if scope.has_variable("params", name):
+            if self._is_module(context.module_name, name):
+                raise _name_clash(context.full_name, name, scope)
             value = meta.unbox(scope.get_variable("params", name))
             self._check_shape(value, context)  # a tree in its place was not loaded
             return value
         if not self.may_create:
-            empty = scope.is_collection_empty("params")
             self.flax_error = (
                 errors.ScopeCollectionNotFound("params", name, scope.path_text)
-                if empty
+                if scope.is_collection_empty("params")
                 else errors.ScopeParamNotFoundError(name, scope.path_text)
             )
         if not self.may_create or not self.place.is_here():
@@ -152,7 +158,7 @@ class Store:
         expected = tuple(context.original_shape)
         if getattr(value, "shape", None) != expected:
             shape = next((np.shape(leaf) for leaf in jax.tree.leaves(value)), None)
-            name = self.names.leaf("params", context.module_name, context.name)
+            name = self.names.key("params", context.module_name, context.name)
             path = self.scope(context.module_name).path_text
             self.flax_error = errors.ScopeParamShapeError(name, path, shape, expected)
 
@@ -168,8 +174,10 @@ class Store:
         self._written.add(context.name)
         if self.place.is_same_transform():
             scope = self.scope(context.module_name)
-            name = self.names.leaf("state", context.module_name, context.name)
+            name = self.names.key("state", context.module_name, context.name)
             if scope.has_variable("state", name):
+                if self._is_module(context.module_name, name):
+                    raise _name_clash(context.full_name, name, scope)
                 return meta.unbox(scope.get_variable("state", name))
         return next_creator(shape, dtype, init)
 
@@ -179,6 +187,14 @@ class Store:
         """State setter: notes the write."""
         self._written.add(context.name)
         return next_setter(value)
+
+    def state_not_found(self, module_name: str, name: str) -> Exception:
+        """Returns Flax's error for state that there is not."""
+        scope = self.scope(module_name)
+        key = self.names.key("state", module_name, name)
+        if scope.is_collection_empty("state"):
+            return errors.ScopeCollectionNotFound("state", key, scope.path_text)
+        return errors.ScopeVariableNotFoundError(key, "state", scope.path_text)
 
     def store_new(self, collection: str, tree: Tree) -> None:
         """Puts the values that Haiku made by itself into the Flax scopes."""
@@ -199,12 +215,16 @@ class Store:
             if may_change or name in self._written:
                 scope = self.scope(module_name)
                 key = self._key("state", module_name, name, value)
-                box = scope.get_variable("state", key)
-                scope.put_variable("state", key, meta.replace_boxed(box, value))
+                if scope.has_variable("state", key):
+                    value = meta.replace_boxed(scope.get_variable("state", key), value)
+                scope.put_variable("state", key, value)
 
     def _key(self, collection: str, module_name: str, name: str, value: Any) -> str:
-        key = self.names.leaf(collection, module_name, name)
-        return f"{key}~" if isinstance(value, Mapping) else key
+        submodules = self._submodules.get((collection, self.names.path(module_name)), ())
+        return self.names.key(collection, module_name, name, value, submodules)
+
+    def _is_module(self, module_name: str, key: str) -> bool:
+        return (*self.names.path(module_name), key) in self._scopes
 
 
 def _reserve(scope: Scope, collection: str, name: str, full_name: str) -> None:

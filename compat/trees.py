@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .params import HaikuTree, Names, flatten, unflatten
+from .params import HaikuTree, Names, flatten, unflatten, unknown
 
 _NETKET = Names(root="mlp", netket=True)
 
@@ -73,7 +73,8 @@ def to_haiku(
 
     Raises:
       ValueError: There is another collection, a value at the top level without
-        ``root``, or an MLP with a layer or a kernel missing.
+        ``root``, a name that ``to_flax`` does not give, or an MLP with a layer or a
+        kernel missing.
 
     Example::
 
@@ -96,6 +97,10 @@ def to_haiku(
             _check_keys("'params'", params, {"MLP_0"}, {"MLP_0"})
             _check_linear(params["MLP_0"], "Dense_", "kernel", "bias")
             names = _NETKET
+    for collection, tree in (("params", params), ("state", state)):
+        key = unknown(names, collection, tree)
+        if key is not None:
+            raise ValueError(f"unknown key {key!r} in {collection!r}: compat names nothing so")
     return flatten(names, "params", params), flatten(names, "state", state)
 
 

@@ -1,7 +1,7 @@
 """Any Haiku module class as a Flax module class."""
 
+import copyreg
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, get_origin
@@ -12,11 +12,15 @@ from flax import linen as nn
 from flax.core import FrozenDict, freeze, unfreeze
 
 from .mirror import public_methods
-from .module import Mirrored
+from .module import Mirrored, cached
 from .params import Names
 
 
-class Wrapped(Mirrored):
+class WrappedClass(type(nn.Module)):  # type: ignore[misc]
+    """The class of the classes that ``wrap`` makes, which pickle cannot import."""
+
+
+class Wrapped(Mirrored, metaclass=WrappedClass):
     """The base of the classes that ``wrap`` makes."""
 
     if TYPE_CHECKING:
@@ -88,13 +92,11 @@ class Wrapped(Mirrored):
         return module
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The class is made by wrap, so pickle cannot import it.
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
-        fields["parent"] = None
-        return _rebuild, (self._haiku_class, fields)
+        return _rebuild, (type(self), {**fields, "parent": None})
 
 
-@functools.cache
+@cached
 def wrap(hk_cls: type[hk.Module]) -> type[Mirrored]:
     """Returns the Flax module class of a Haiku module class.
 
@@ -177,9 +179,11 @@ def _default(parameter: inspect.Parameter) -> Any:
 
 
 def _freeze(value: Any) -> Any:
-    if isinstance(value, list):
+    if isinstance(value, list) or type(value) is tuple:
         return tuple(map(_freeze, value))
-    return freeze(value) if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping):
+        return freeze({key: _freeze(entry) for key, entry in value.items()})
+    return value
 
 
 def _thaw(value: Any, parameter: inspect.Parameter) -> Any:
@@ -200,5 +204,13 @@ def _module_name(construct: Callable[[], hk.Module]) -> str:
     return names[0]
 
 
-def _rebuild(hk_cls: type[hk.Module], fields: dict[str, Any]) -> Mirrored:
-    return wrap(hk_cls)(**fields)
+def _rebuild(cls: type[Mirrored], fields: dict[str, Any]) -> Mirrored:
+    return cls(**fields)
+
+
+def _reduce_class(cls: type[Wrapped]) -> str | tuple[Any, ...]:
+    hk_cls = getattr(cls, "_haiku_class", None)
+    return (wrap, (hk_cls,)) if hk_cls and wrap(hk_cls) is cls else cls.__qualname__
+
+
+copyreg.pickle(WrappedClass, _reduce_class)

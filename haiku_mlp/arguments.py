@@ -8,6 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+# JAX ends the process where the bytes of an array overflow 64 bits.
+_MAX_SIZE = 2**31 - 1
+_MAX_WEIGHTS = 2**48
+
 Activation = Callable[[jax.Array], jax.Array]
 Activations = Activation | Iterable[Activation | None] | None
 
@@ -65,12 +69,23 @@ def check(
 def size(value: Any, name: str = "hidden_dims") -> int:
     """Returns ``value`` as a positive int."""
     try:
-        number = operator.index(value)
+        number = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = 0
     if number < 1:
         raise ValueError(f"{name} must be positive integers, got {value!r}: give for instance 8")
+    if number > _MAX_SIZE:
+        raise ValueError(f"{name} must be at most {_MAX_SIZE}, got {value!r}")
     return number
+
+
+def check_weights(inputs: int, outputs: int) -> None:
+    """Raises ValueError if no array holds the weights of a layer."""
+    if inputs * outputs > _MAX_WEIGHTS:
+        raise ValueError(
+            f"a layer of {outputs} units for {inputs} inputs has {inputs * outputs} weights, more "
+            f"than {_MAX_WEIGHTS}: give fewer hidden_dims"
+        )
 
 
 def for_each_layer(activations: Any, num_hidden: int) -> tuple[Activation | None, ...]:
@@ -80,13 +95,13 @@ def for_each_layer(activations: Any, num_hidden: int) -> tuple[Activation | None
 
 def _ratio(value: Any) -> float:
     try:
-        valid = float(value) > 0
+        valid = 0 < float(value) <= _MAX_SIZE
     except (TypeError, ValueError):
         valid = False
     if not valid:
         raise ValueError(
-            f"hidden_dims_alpha must be positive numbers (units per input), got {value!r}: "
-            "give for instance 2"
+            "hidden_dims_alpha must be positive numbers (units per input), at most "
+            f"{_MAX_SIZE}, got {value!r}: give for instance 2"
         )
     return value
 

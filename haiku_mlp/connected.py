@@ -1,5 +1,7 @@
 """Outputs of a multi-layer perceptron at inputs that differ in a few entries."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -50,9 +52,10 @@ def connected(
     x, sites, values = jnp.asarray(x), jnp.asarray(sites), jnp.asarray(values)
     _check(x, sites, values)
     batch, changes = x.shape[:-1], sites.shape[-2:]
-    sites = jnp.broadcast_to(sites, batch + changes).reshape(-1, *changes)
-    values = jnp.broadcast_to(values, batch + changes).reshape(-1, *changes)
-    samples = (x.reshape(-1, x.shape[-1]), sites, values)
+    num_samples = math.prod(batch)
+    sites = jnp.broadcast_to(sites, batch + changes).reshape(num_samples, *changes)
+    values = jnp.broadcast_to(values, batch + changes).reshape(num_samples, *changes)
+    samples = (x.reshape(num_samples, x.shape[-1]), sites, values)
     widths = [layer.w.shape[-1] for layer in layers]
     outputs = map_samples(
         lambda *sample: _connected(layers, *sample), samples, entries=changes[0] * max(widths)
@@ -83,7 +86,7 @@ def _connected(
     dtype = jnp.result_type(z, values)
     # Integers overflow where a difference does not fit: int8 spins, unsigned occupations.
     changes = values.astype(dtype) - x[sites].astype(dtype)
-    z = jnp.expand_dims(z, 0)
+    z = jnp.broadcast_to(z, (len(sites), *z.shape))
     for k in range(sites.shape[1]):
         rows = w.at[sites[:, k]].get(mode="fill", fill_value=jnp.nan)
         z += jnp.expand_dims(changes[:, k], 1) * rows

@@ -1,6 +1,7 @@
 """Value, gradient and Laplacian of a multi-layer perceptron in one forward pass."""
 
 import functools
+import math
 import operator
 from typing import Any, NamedTuple
 
@@ -73,7 +74,7 @@ def laplacian(layers: tuple[Layer, ...], x: jax.Array) -> Derivatives:
     widths = [layer.w.shape[-1] for layer in layers]
     derivatives = map_samples(
         functools.partial(_laplacian, layers),
-        (x.reshape(-1, num_inputs),),
+        (x.reshape(math.prod(batch), num_inputs),),
         entries=num_inputs * max(widths),
     )
     return jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), derivatives)

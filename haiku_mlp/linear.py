@@ -6,6 +6,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
+from haiku_mlp import arguments
 from haiku_mlp.initializers import (
     Initializer,
     as_haiku_initializer,
@@ -76,6 +77,7 @@ class Linear(hk.Module):
 
 
 def _parameters(layer: Linear, input_size: int) -> tuple[jax.Array, jax.Array | None]:
+    arguments.check_weights(input_size, layer.output_size)
     # Without x64 JAX warns of each 64-bit dtype asked for; a dtype it has goes on as given.
     dtype = jax.dtypes.canonicalize_dtype(layer.param_dtype)
     dtype = layer.param_dtype if dtype == jnp.dtype(layer.param_dtype) else dtype

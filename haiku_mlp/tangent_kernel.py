@@ -91,7 +91,8 @@ def tangent_kernel(
         kernel = functools.reduce(operator.add, map(_contribution, layers, row, columns))
         return kernel if jnp.iscomplexobj(outputs) else jnp.real(kernel)
 
-    if chunk_size is None:
+    is_empty = 0 in (len(x), len(x if y is None else y))  # lax.map takes no empty rows
+    if chunk_size is None or is_empty:
         kernel = jax.vmap(kernel_row)(rows)
     else:
         kernel = jax.lax.map(kernel_row, rows, batch_size=chunk_size)
