@@ -6,11 +6,13 @@ measured in AME2012 with those of published mass models.
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NoReturn
 
 import jax
@@ -126,6 +128,20 @@ def _is_installed(name: str) -> bool:
         return False
 
 
+def _import_compat() -> ModuleType:
+    """Returns our package ``compat``, or exits: the name is a common one."""
+    import compat
+
+    if not hasattr(compat, "HaikuFunction"):
+        distributions = importlib.metadata.packages_distributions().get("compat", [])
+        others = ", ".join({*distributions} - {"haiku-mlp"}) or "unknown"
+        sys.exit(
+            f"another package named compat, {compat.__path__[0]} (distribution: {others}), hides "
+            "that of haiku-mlp: uninstall it, or use --face haiku"
+        )
+    return compat
+
+
 def _faces(choice: str, hidden_dims: tuple[int, ...]) -> dict[str, training.Face]:
     """Returns the chosen faces by name."""
     faces = {}
@@ -137,8 +153,7 @@ def _faces(choice: str, hidden_dims: tuple[int, ...]) -> dict[str, training.Face
 
 
 def _flax_face(hidden_dims: tuple[int, ...]) -> training.Face:
-    import compat
-
+    compat = _import_compat()
     model = compat.MLP(hidden_dims=hidden_dims, param_dtype=jnp.float32)
 
     def tabulate(x: jax.Array) -> str:
@@ -152,8 +167,7 @@ def _agree(
     faces: dict[str, training.Face], weights: dict[str, training.Weights], inputs: jax.Array
 ) -> bool:
     """Returns whether both faces predict the same from the weights of either, bit for bit."""
-    import compat
-
+    compat = _import_compat()
     trees = [
         (weights["Haiku"], compat.to_flax(weights["Haiku"])),
         (compat.to_haiku(weights["Flax"])[0], weights["Flax"]),

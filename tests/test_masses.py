@@ -130,7 +130,8 @@ def test_training_reports_every_step(problem):
     calls = []
     training.train(face, inputs, targets, SMALL, seed=0, advance=lambda *call: calls.append(call))
     assert sum(steps for steps, _ in calls) == SMALL.steps
-    assert calls[-1][1] < calls[0][1] < 1.5
+    # Untrained, the error is 1.
+    assert all(0.1 < error < 0.8 for _, error in calls)
 
 
 def test_members_differ_and_train_apart(problem):

@@ -1,5 +1,6 @@
 """What an import does and does not do, and what the distributions hold."""
 
+import os
 import pathlib
 import shutil
 import subprocess
@@ -71,13 +72,23 @@ def test_a_planted_setting_is_found(run_fresh, package):
     assert "a global setting changed" in process.stderr
 
 
-def test_another_compat_is_named(run_fresh, tmp_path):
+def test_another_compat_is_named(tmp_path):
     (tmp_path / "compat").mkdir()
     (tmp_path / "compat" / "__init__.py").write_text("")
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import haiku_mlp.__main__ as m; "
-    process = run_fresh(code + "m.flax_face()")
-    assert process.returncode != 0
-    assert f"another package named compat, {tmp_path / 'compat'}" in process.stderr
+    (tmp_path / "django_compat-1.0.dist-info").mkdir()
+    (tmp_path / "django_compat-1.0.dist-info" / "METADATA").write_text("Name: django-compat\n")
+    (tmp_path / "django_compat-1.0.dist-info" / "top_level.txt").write_text("compat\n")
+    process = subprocess.run(
+        [sys.executable, "-m", "haiku_mlp", "--face", "flax"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 1
+    assert process.stderr.startswith(f"another package named compat, {tmp_path / 'compat'}")
+    assert "django-compat" in process.stderr
+    assert process.stderr.count("\n") == 1
 
 
 @pytest.fixture(scope="module")
