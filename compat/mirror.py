@@ -9,7 +9,6 @@ plain Haiku, so that no tracer gets out.
 """
 
 import contextvars
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -20,12 +19,12 @@ import numpy as np
 from flax import errors
 from flax import linen as nn
 
+from .caching import per_class
 from .internals import is_missing_rng, missing_state
 from .params import Names
 from .store import Store
 
 _transformed = hk.transform_with_state(lambda body: body())
-_AT_APPLY = ("apply", "dropout")
 _running: contextvars.ContextVar["Mirror"] = contextvars.ContextVar("mirror")
 
 
@@ -54,16 +53,15 @@ class Mirror:
         """Returns ``body()``, run as Haiku code; raises Flax's errors for Haiku's."""
         store, scope = self.store, self._host.scope
         variables = scope.variables()
-        params, state = variables.get("params", {}), variables.get("state", {})
-        creating = store.may_create and (self._host.is_initializing() or not (params or state))
+        creating = store.may_create and self._host.is_initializing()
         try:
             if creating:
                 outputs: list[Any] = []
-                rng = self._key("params", *([] if self._host.is_initializing() else _AT_APPLY))
+                rng = self._key("params")
                 _transformed.init(rng, lambda: outputs.append(self._hooked(body, creating)))
                 return outputs[0]
-            params, state = store.load("params", params), store.load("state", state)
-            rng = self._key(*_AT_APPLY, "params")
+            params, state = (store.load(c, variables.get(c, {})) for c in ("params", "state"))
+            rng = self._key("apply", "dropout", "params")
             return _transformed.apply(params, state, rng, lambda: self._hooked(body, creating))[0]
         except (ValueError, AttributeError) as error:
             if store.flax_error is not None:
@@ -198,7 +196,7 @@ class Mirror:
             self._host.scope.rng_counters[self._stream] += 1
 
 
-@functools.cache
+@per_class
 def is_public(hk_cls: type[hk.Module], method: str, defined_in: type[hk.Module]) -> bool:
     """Returns whether calling ``method`` of a Haiku module is a call that Flax sees.
 
@@ -209,7 +207,7 @@ def is_public(hk_cls: type[hk.Module], method: str, defined_in: type[hk.Module])
     return next(cls for cls in hk_cls.__mro__ if method in vars(cls)) is defined_in
 
 
-@functools.cache
+@per_class
 def public_methods(hk_cls: type[hk.Module]) -> dict[str, Callable[..., Any]]:
     """Returns the methods of a Haiku module that its Flax module has too."""
     reserved = {*dir(hk.Module), *dir(nn.Module)} - {"__call__"}

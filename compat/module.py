@@ -4,10 +4,9 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import threading
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import haiku as hk
 import jax
@@ -15,24 +14,10 @@ import jax.numpy as jnp
 from flax import errors
 from flax import linen as nn
 
+from .caching import per_class
 from .internals import no_flax_parent
 from .mirror import Mirror, public_methods
 from .params import Names
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def cached(function: F) -> F:
-    """As ``functools.cache``, but threads that call at once get the same object too."""
-    lock = threading.RLock()
-    results = functools.cache(function)
-
-    @functools.wraps(function)
-    def locked(*args: Any) -> Any:
-        with lock:
-            return results(*args)
-
-    return cast(F, locked)
 
 
 class Mirrored(nn.Module):
@@ -156,7 +141,7 @@ class Row(Mirrored):
         return ()
 
 
-@cached
+@per_class
 def row_class(hk_cls: type[hk.Module]) -> type[Row]:
     """Returns the Flax class for the rows of a Haiku class."""
     namespace = {"__module__": __name__, "__doc__": hk_cls.__doc__}

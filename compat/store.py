@@ -110,10 +110,9 @@ class Store:
             return next_creator(shape, dtype, init)
         if context.full_name in self._created:
             return hk.DO_NOT_STORE
-        scope = self.scope(context.module_name)
-        name = self.names.key("params", context.module_name, context.name)
+        module_name, scope, name = self._target("params", context)
         if scope.has_variable("params", name):
-            if self._is_module(context.module_name, name):
+            if self._is_module(module_name, name):
                 raise _name_clash(context.full_name, name, scope)
             value = meta.unbox(scope.get_variable("params", name))
             self._check_shape(value, context)  # a tree in its place was not loaded
@@ -158,9 +157,8 @@ class Store:
         expected = tuple(context.original_shape)
         if getattr(value, "shape", None) != expected:
             shape = next((np.shape(leaf) for leaf in jax.tree.leaves(value)), None)
-            name = self.names.key("params", context.module_name, context.name)
-            path = self.scope(context.module_name).path_text
-            self.flax_error = errors.ScopeParamShapeError(name, path, shape, expected)
+            _, scope, name = self._target("params", context)
+            self.flax_error = errors.ScopeParamShapeError(name, scope.path_text, shape, expected)
 
     def create_state(
         self,
@@ -173,10 +171,9 @@ class Store:
         """State creator: takes the scope's value where there is one."""
         self._written.add(context.name)
         if self.place.is_same_transform():
-            scope = self.scope(context.module_name)
-            name = self.names.key("state", context.module_name, context.name)
+            module_name, scope, name = self._target("state", context)
             if scope.has_variable("state", name):
-                if self._is_module(context.module_name, name):
+                if self._is_module(module_name, name):
                     raise _name_clash(context.full_name, name, scope)
                 return meta.unbox(scope.get_variable("state", name))
         return next_creator(shape, dtype, init)
@@ -212,12 +209,18 @@ class Store:
             if value is self._loaded.get("state", {}).get(module_name, {}).get(name):
                 continue
             # An inner transform hands back a new object for a value that it only read.
-            if may_change or name in self._written:
+            if may_change or name.rpartition("/")[2] in self._written:
                 scope = self.scope(module_name)
                 key = self._key("state", module_name, name, value)
                 if scope.has_variable("state", key):
                     value = meta.replace_boxed(scope.get_variable("state", key), value)
                 scope.put_variable("state", key, value)
+
+    def _target(self, collection: str, context: hk.GetterContext) -> tuple[str, Scope, str]:
+        """Returns the module, the scope and the Flax name of the value asked for now."""
+        module_name = hk.current_name()
+        name = context.full_name.removeprefix(f"{module_name}/")  # may have a slash itself
+        return module_name, self.scope(module_name), self.names.key(collection, module_name, name)
 
     def _key(self, collection: str, module_name: str, name: str, value: Any) -> str:
         submodules = self._submodules.get((collection, self.names.path(module_name)), ())

@@ -2,6 +2,7 @@
 
 import copyreg
 import dataclasses
+import enum
 import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, get_origin
@@ -11,9 +12,16 @@ import jax
 from flax import linen as nn
 from flax.core import FrozenDict, freeze, unfreeze
 
+from .caching import per_class
 from .mirror import public_methods
-from .module import Mirrored, cached
+from .module import Mirrored
 from .params import Names
+
+
+class _Argument(enum.Enum):
+    """The default of a keyword-only argument that has none."""
+
+    MISSING = enum.auto()
 
 
 class WrappedClass(type(nn.Module)):  # type: ignore[misc]
@@ -48,13 +56,14 @@ class Wrapped(Mirrored, metaclass=WrappedClass):
                 cls._parameters[field] = parameter
                 cls.__annotations__[field] = Any
                 default = _default(parameter)
-                if default is not _REQUIRED:
+                # A dataclass wants the fields without a default first.
+                if default is not _Argument.MISSING or parameter.kind is parameter.KEYWORD_ONLY:
                     setattr(cls, field, default)
 
     def __post_init__(self) -> None:
         for field in self._parameters:
             value = _freeze(getattr(self, field))
-            if value is _MISSING:
+            if value is _Argument.MISSING:
                 raise TypeError(f"{type(self).__name__} needs the keyword argument {field!r}")
             object.__setattr__(self, field, value)
         super().__post_init__()
@@ -93,10 +102,10 @@ class Wrapped(Mirrored, metaclass=WrappedClass):
 
     def __reduce__(self) -> tuple[Any, ...]:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
-        return _rebuild, (type(self), {**fields, "parent": None})
+        cls = self._haiku_class if _is_made_by_wrap(type(self)) else type(self)
+        return _rebuild, (cls, {**fields, "parent": None})
 
 
-@cached
 def wrap(hk_cls: type[hk.Module]) -> type[Mirrored]:
     """Returns the Flax module class of a Haiku module class.
 
@@ -132,6 +141,11 @@ def wrap(hk_cls: type[hk.Module]) -> type[Mirrored]:
         raise TypeError(
             f"wrap takes a subclass of hk.Module, got {hk_cls!r}: give a function to HaikuFunction"
         )
+    return _flax_class(hk_cls)
+
+
+@per_class
+def _flax_class(hk_cls: type[hk.Module]) -> type[Mirrored]:
     namespace = {"__module__": hk_cls.__module__, "__doc__": hk_cls.__doc__}
     return type(hk_cls.__name__, (Wrapped,), namespace, haiku=hk_cls)
 
@@ -162,8 +176,6 @@ def haiku_method(name: str) -> Callable[..., Any]:
     return method
 
 
-_REQUIRED = object()
-_MISSING = object()
 _RESERVED = frozenset(dir(nn.Module)) | {"parent", "scope"}
 
 
@@ -172,10 +184,7 @@ def _default(parameter: inspect.Parameter) -> Any:
         return ()
     if parameter.kind is parameter.VAR_KEYWORD:
         return FrozenDict()
-    if parameter.default is not parameter.empty:
-        return _freeze(parameter.default)
-    # A dataclass wants the fields without a default first.
-    return _MISSING if parameter.kind is parameter.KEYWORD_ONLY else _REQUIRED
+    return _Argument.MISSING if parameter.default is parameter.empty else _freeze(parameter.default)
 
 
 def _freeze(value: Any) -> Any:
@@ -204,13 +213,17 @@ def _module_name(construct: Callable[[], hk.Module]) -> str:
     return names[0]
 
 
-def _rebuild(cls: type[Mirrored], fields: dict[str, Any]) -> Mirrored:
-    return cls(**fields)
+def _rebuild(cls: type, fields: dict[str, Any]) -> Mirrored:
+    return (wrap(cls) if issubclass(cls, hk.Module) else cls)(**fields)
+
+
+def _is_made_by_wrap(cls: type[Wrapped]) -> bool:
+    hk_cls = getattr(cls, "_haiku_class", None)
+    return hk_cls is not None and wrap(hk_cls) is cls
 
 
 def _reduce_class(cls: type[Wrapped]) -> str | tuple[Any, ...]:
-    hk_cls = getattr(cls, "_haiku_class", None)
-    return (wrap, (hk_cls,)) if hk_cls and wrap(hk_cls) is cls else cls.__qualname__
+    return (wrap, (cls._haiku_class,)) if _is_made_by_wrap(cls) else cls.__qualname__
 
 
 copyreg.pickle(WrappedClass, _reduce_class)

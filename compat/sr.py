@@ -1,0 +1,263 @@
+"""Stochastic reconfiguration in NetKet by the structure of the MLP: the only file with NetKet.
+
+``import compat`` does not import it: ``from compat.sr import MinSR``.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import netket as nk
+from netket.utils import struct
+
+import haiku_mlp
+from haiku_mlp.arguments import Activation
+
+from . import blocks
+from .flax_adapter import MLP
+
+Schedule = float | jax.Array | Callable[[int], Any]
+MODES = ("real", "complex", "holomorphic")
+
+
+def natural_gradient(
+    state: nk.vqs.MCState,
+    hamiltonian: Any,
+    diag_shift: float | jax.Array,
+    *,
+    mode: str | None = None,
+    momentum: float | jax.Array = 0.0,
+    previous: Any = None,
+    chunk_size: int | None = None,
+) -> tuple[Any, Any]:
+    r"""Returns the energy and the step of stochastic reconfiguration, on the state's samples.
+
+    The step is that of ``netket.driver.VMC_SR(use_ntk=True)``, but its kernel comes from
+    the layers of the MLP (:func:`haiku_mlp.structure.tangent_kernel`), without a Jacobian.
+    As there, with :math:`X` the centred Jacobian divided by :math:`\sqrt{B}` and
+    :math:`\epsilon` the centred local energies likewise,
+
+    .. math:: \delta = 2 X^\dagger (X X^\dagger + \lambda)^{-1} \epsilon
+
+    Args:
+      state: A state whose model is a :class:`compat.MLP`, the logarithm of the wave
+        function.
+      hamiltonian: The operator whose expectation value is minimised.
+      diag_shift: :math:`\lambda`, not negative.
+      mode: ``"real"``: the real part of the logarithm and of the local energies.
+        ``"complex"``: real and imaginary part as two real outputs, right for every
+        network.  ``"holomorphic"``: the same step in less time, if the output is a
+        holomorphic function of complex parameters.  None: complex if the output is.
+      momentum: :math:`\mu` of SPRING, see :func:`haiku_mlp.natural_gradient`.
+      previous: The step before this one, for SPRING.
+      chunk_size: Rows of the kernel computed at a time; None: all.
+
+    Returns:
+      The energy, a ``netket.stats.Stats``, and the step to be subtracted, a tree like
+      ``state.parameters``.
+
+    Raises:
+      TypeError: ``state`` is no ``MCState`` of a :class:`compat.MLP`.
+      ValueError: The mode is unknown, or does not fit the parameters.
+
+    Source: `VMC_SR of NetKet
+    <https://netket.readthedocs.io/en/latest/api/_generated/driver/netket.driver.VMC_SR.html>`_.
+
+    Example::
+
+      >>> import jax, netket as nk
+      >>> import compat
+      >>> from compat.sr import natural_gradient
+      >>> hilbert = nk.hilbert.Spin(0.5, 4)
+      >>> hamiltonian = nk.operator.Ising(hilbert, nk.graph.Chain(4), h=1.0)
+      >>> sampler = nk.sampler.MetropolisLocal(hilbert)
+      >>> state = nk.vqs.MCState(sampler, compat.MLP(hidden_dims=(8,)), n_samples=64, seed=1)
+      >>> energy, step = natural_gradient(state, hamiltonian, 1e-3)
+      >>> state.parameters = jax.tree.map(lambda p, d: p - 0.1 * d, state.parameters, step)
+    """
+    model = _checked_model(state)
+    mode = _checked_mode(mode, state)
+    local_energies = state.local_estimators(hamiltonian)
+    step = _step(
+        model,
+        state.parameters,
+        state.samples.reshape(-1, state.hilbert.size),
+        local_energies.reshape(-1),
+        diag_shift,
+        momentum,
+        previous,
+        mode=mode,
+        chunk_size=chunk_size,
+    )
+    return nk.stats.statistics(local_energies), step
+
+
+class MinSR(nk.driver.AbstractOptimizationDriver):
+    """Energy minimisation: :func:`natural_gradient` as a NetKet driver.
+
+    It takes the steps of ``netket.driver.VMC_SR(use_ntk=True)``, and runs, logs and calls
+    back as every driver of NetKet.
+
+    Args:
+      hamiltonian: The operator whose expectation value is minimised.
+      optimizer: Makes the change of the parameters from the step: ``optax.sgd``.
+      diag_shift: As for :func:`natural_gradient`, or a function of the number of the step.
+      variational_state: As for :func:`natural_gradient`.
+      mode: As for :func:`natural_gradient`.
+      momentum: As for :func:`natural_gradient`, or a function of the number of the step.
+        None: no momentum.
+      chunk_size: As for :func:`natural_gradient`.
+
+    Raises:
+      TypeError: The state is no ``MCState`` of a :class:`compat.MLP`, or its Hilbert space
+        is not the operator's.
+      ValueError: The mode is unknown, or does not fit the parameters.
+
+    Example::
+
+      >>> import netket as nk, optax
+      >>> import compat
+      >>> from compat.sr import MinSR
+      >>> hilbert = nk.hilbert.Spin(0.5, 4)
+      >>> hamiltonian = nk.operator.Ising(hilbert, nk.graph.Chain(4), h=1.0)
+      >>> sampler = nk.sampler.MetropolisLocal(hilbert)
+      >>> state = nk.vqs.MCState(sampler, compat.MLP(hidden_dims=(8,)), n_samples=256, seed=1)
+      >>> driver = MinSR(hamiltonian, optax.sgd(0.1), diag_shift=1e-3, variational_state=state)
+      >>> _ = driver.run(40, show_progress=False)
+      >>> exact = nk.exact.lanczos_ed(hamiltonian)[0]
+      >>> bool(abs(driver.energy.mean - exact) < 0.05)
+      True
+    """
+
+    _hamiltonian: Any = struct.field(pytree_node=False, serialize=False)
+    _diag_shift: Any = struct.field(pytree_node=False, serialize=False)
+    _momentum: Any = struct.field(pytree_node=False, serialize=False)
+    _mode: str = struct.field(pytree_node=False, serialize=False)
+    _chunk_size: int | None = struct.field(pytree_node=False, serialize=False)
+    _previous: Any = None
+
+    def __init__(
+        self,
+        hamiltonian: Any,
+        optimizer: Any,
+        *,
+        diag_shift: Schedule,
+        variational_state: nk.vqs.MCState,
+        mode: str | None = None,
+        momentum: Schedule | None = None,
+        chunk_size: int | None = None,
+    ):
+        _checked_model(variational_state)
+        if variational_state.hilbert != hamiltonian.hilbert:
+            raise TypeError(
+                f"the state is of {variational_state.hilbert}, the operator of "
+                f"{hamiltonian.hilbert}: give both the same Hilbert space"
+            )
+        super().__init__(variational_state, optimizer, minimized_quantity_name="Energy")
+        self._hamiltonian = hamiltonian
+        self._diag_shift = diag_shift
+        self._momentum = momentum
+        self._mode = _checked_mode(mode, variational_state)
+        self._chunk_size = chunk_size
+        if momentum is not None:  # now, so that a checkpoint fits a new driver
+            self._previous = jax.tree.map(jnp.zeros_like, variational_state.parameters)
+
+    def compute_loss_and_update(self) -> tuple[Any, Any]:
+        """Returns the energy and the step, on the state's samples."""
+        momentum = None if self._momentum is None else self._at_this_step(self._momentum)
+        self._loss_stats, self._dp = natural_gradient(
+            self.state,
+            self._hamiltonian,
+            self._at_this_step(self._diag_shift),
+            mode=self._mode,
+            momentum=0.0 if momentum is None else momentum,
+            previous=self._previous,
+            chunk_size=self._chunk_size,
+        )
+        if momentum is not None:
+            self._previous = self._dp
+        return self._loss_stats, self._dp
+
+    @property
+    def energy(self) -> Any:
+        """The energy at the last step, a ``netket.stats.Stats``."""
+        return self._loss_stats
+
+    def _at_this_step(self, value: Schedule) -> Any:
+        return value(self.step_count) if callable(value) else value
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outputs:
+    """Output activation that shows what a mode differentiates."""
+
+    activation: Activation | None
+    mode: str
+
+    def __call__(self, z: jax.Array) -> jax.Array:
+        z = self.activation(z) if callable(self.activation) else z
+        return _outputs(z, self.mode)
+
+
+def _outputs(z: jax.Array, mode: str) -> jax.Array:
+    """Returns ``(..., 1)`` as it is, its real part, or both parts ``(..., 2)``."""
+    if mode == "holomorphic":
+        return z
+    return z.real if mode == "real" else jnp.concatenate([z.real, z.imag], -1)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "mode", "chunk_size"))
+def _step(
+    model: MLP,
+    params: Any,
+    samples: jax.Array,
+    local_energies: jax.Array,
+    diag_shift: float | jax.Array,
+    momentum: float | jax.Array,
+    previous: Any,
+    *,
+    mode: str,
+    chunk_size: int | None,
+) -> Any:
+    fields = {name: getattr(model, name) for name in blocks.FIELDS}
+    fields["output_activation"] = _Outputs(model.output_activation, mode)
+    block = blocks.MLP(1, **fields)
+    (name,) = params  # the block's level
+    return haiku_mlp.natural_gradient(
+        lambda params: block.apply({"params": params[name]}, samples),
+        params,
+        block.apply(
+            {"params": params[name]}, samples, None, chunk_size=chunk_size, method="tangent_kernel"
+        ),
+        _outputs(2 * local_energies[:, None], mode),
+        diag_shift,
+        momentum=momentum,
+        previous=previous,
+    )
+
+
+def _checked_model(state: Any) -> MLP:
+    if not isinstance(state, nk.vqs.MCState) or type(state.model) is not MLP:
+        model = getattr(state, "model", None)
+        raise TypeError(
+            "the state must be a netket.vqs.MCState whose model is a compat.MLP, got a "
+            f"{type(state).__name__} of {type(model).__name__}: netket.driver.VMC_SR takes any"
+        )
+    return state.model
+
+
+def _checked_mode(mode: Any, state: nk.vqs.MCState) -> str:
+    leaves = jax.tree.leaves(state.parameters)
+    if mode is None:
+        output = jax.eval_shape(
+            state.model.apply, state.variables, jnp.zeros((1, state.hilbert.size))
+        )
+        mode = "complex" if jnp.iscomplexobj(output) else "real"
+    if str(mode) not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)} or None, got {mode!r}")
+    if str(mode) == "holomorphic" and not all(map(jnp.iscomplexobj, leaves)):
+        raise ValueError("mode holomorphic needs complex parameters: give mode='complex'")
+    return str(mode)
