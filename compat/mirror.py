@@ -101,7 +101,7 @@ class Mirror:
                 hk.custom_creator(store.create_parameter),
                 hk.custom_creator(store.create_state, params=False, state=True),
                 hk.custom_getter(store.get_parameter),
-                hk.custom_setter(store.set_state),
+                store.note_writes(),
             ):
                 output = body()
         finally:

@@ -1,5 +1,6 @@
 """The store: parameters and state between Haiku's frame and a Flax scope."""
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -178,10 +179,16 @@ class Store:
                 return meta.unbox(scope.get_variable("state", name))
         return next_creator(shape, dtype, init)
 
-    def set_state(
+    def note_writes(self) -> contextlib.AbstractContextManager[Any]:
+        """Returns a context in which ``store_changed`` can tell writes from reads."""
+        if self._root.is_mutable_collection("state"):
+            return contextlib.nullcontext()
+        return hk.custom_setter(self._note_write)
+
+    def _note_write(
         self, next_setter: Callable[..., Any], value: Any, context: hk.SetterContext
     ) -> Any:
-        """State setter: notes the write."""
+        """State setter: notes the write; an inner transform hands back what it only read."""
         self._written.add(context.name)
         return next_setter(value)
 
@@ -208,7 +215,6 @@ class Store:
         for module_name, name, value in hk.data_structures.traverse(state):
             if value is self._loaded.get("state", {}).get(module_name, {}).get(name):
                 continue
-            # An inner transform hands back a new object for a value that it only read.
             if may_change or name.rpartition("/")[2] in self._written:
                 scope = self.scope(module_name)
                 key = self._key("state", module_name, name, value)
