@@ -37,8 +37,8 @@ def perturb(name: str, value: Any, collection: str = "perturbations") -> Any:
       ...     return (compat.perturb("square", x**2) * 3).sum()
       >>> model = compat.HaikuFunction(f)
       >>> variables = model.init(jax.random.key(0), jnp.ones(2))
-      >>> jax.grad(model.apply)(variables, jnp.ones(2))
-      {'perturbations': {'square': Array([3., 3.], dtype=float32)}}
+      >>> jax.grad(model.apply)(variables, jnp.ones(2))["perturbations"]["square"].tolist()
+      [3.0, 3.0]
     """
     mirror = running()
     if mirror is None:
@@ -66,8 +66,8 @@ def sow(collection: str, name: str, value: Any) -> bool:
       >>> import compat
       >>> model = compat.HaikuFunction(lambda x: compat.sow("intermediates", "mean", x.mean()))
       >>> _, variables = model.apply({}, jnp.arange(3.0), mutable=["intermediates"])
-      >>> variables
-      {'intermediates': {'mean': (Array(1., dtype=float32),)}}
+      >>> [float(mean) for mean in variables["intermediates"]["mean"]]
+      [1.0]
     """
     mirror = running()
     if mirror is None:

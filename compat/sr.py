@@ -1,6 +1,7 @@
-"""Stochastic reconfiguration in NetKet by the structure of the MLP: the only file with NetKet.
+"""Stochastic reconfiguration in NetKet by the structure of the MLP.
 
-``import compat`` does not import it: ``from compat.sr import MinSR``.
+The only file that imports NetKet, which turns x64 on.  ``import compat`` does not import
+it: ``from compat.sr import MinSR``.
 """
 
 import dataclasses
@@ -226,12 +227,14 @@ def _step(
     fields["output_activation"] = _Outputs(model.output_activation, mode)
     block = blocks.MLP(1, **fields)
     (name,) = params  # the block's level
+
+    def outputs(params: Any, **options: Any) -> Any:
+        return block.apply({"params": params[name]}, samples, **options)
+
     return haiku_mlp.natural_gradient(
-        lambda params: block.apply({"params": params[name]}, samples),
+        outputs,
         params,
-        block.apply(
-            {"params": params[name]}, samples, None, chunk_size=chunk_size, method="tangent_kernel"
-        ),
+        outputs(params, method="tangent_kernel", chunk_size=chunk_size),
         _outputs(2 * local_energies[:, None], mode),
         diag_shift,
         momentum=momentum,

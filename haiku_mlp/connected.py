@@ -45,9 +45,8 @@ def connected(
       >>> linear = Layer(w=jnp.array([[1.], [10.], [100.]]))
       >>> spins = jnp.array([1, 1, -1], jnp.int8)
       >>> flips = jnp.array([[0], [2]])
-      >>> connected((linear,), spins, flips, -spins[flips])
-      Array([[-91.],
-             [111.]], dtype=float32)
+      >>> connected((linear,), spins, flips, -spins[flips]).tolist()
+      [[-91.0], [111.0]]
     """
     x, sites, values = jnp.asarray(x), jnp.asarray(sites), jnp.asarray(values)
     _check(x, sites, values)

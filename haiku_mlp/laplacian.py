@@ -62,10 +62,8 @@ def laplacian(layers: tuple[Layer, ...], x: jax.Array) -> Derivatives:
       >>> from haiku_mlp.structure import Layer, laplacian
       >>> square = Layer(w=jnp.array([[1.], [2.]]), activation=jnp.square)
       >>> at = laplacian((square,), jnp.array([1., 1.]))  # of (x + 2y)**2
-      >>> at.value, at.gradient
-      (Array([9.], dtype=float32), Array([[ 6., 12.]], dtype=float32))
-      >>> at.laplacian
-      Array([10.], dtype=float32)
+      >>> at.value.tolist(), at.gradient.tolist(), at.laplacian.tolist()
+      ([9.0], [[6.0, 12.0]], [10.0])
     """
     x = jnp.asarray(x)
     if jnp.iscomplexobj(x):

@@ -52,8 +52,8 @@ def min_sr(
       >>> import haiku_mlp
       >>> kernel = jnp.array([[2., 1.], [1., 5.]])
       >>> weights = haiku_mlp.min_sr(kernel, jnp.array([3., 6.]), 0., centered=False)
-      >>> kernel @ weights  # the step without damping takes away the residuals
-      Array([3., 6.], dtype=float32)
+      >>> print(kernel @ weights)  # the step without damping takes away the residuals
+      [3. 6.]
     """
     kernel, residuals, damping = map(jnp.asarray, (kernel, residuals, damping))
     _check_shapes(kernel, residuals, damping)
@@ -93,7 +93,8 @@ def natural_gradient(
 
     Args:
       function: From parameters to the outputs, shaped as ``residuals``, whose tangent
-        kernel is ``kernel``.  Holomorphic in complex parameters, or real.
+        kernel is ``kernel``.  Holomorphic in complex parameters, or real; of any other
+        complex function give the real and the imaginary part as two outputs.
       params: The parameters.
       kernel: As for :func:`min_sr`.
       residuals: As for :func:`min_sr`.
@@ -107,7 +108,7 @@ def natural_gradient(
       gradient.
 
     Raises:
-      ValueError: As for :func:`min_sr`.
+      ValueError: As for :func:`min_sr`; or the outputs are complex, the parameters not.
 
     Example::
 
@@ -133,6 +134,12 @@ def natural_gradient(
       True
     """
     outputs, pull = jax.vjp(function, params)
+    is_complex = [jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(params)]
+    if jnp.iscomplexobj(outputs) and not all(is_complex):
+        raise ValueError(
+            "complex outputs of real parameters: give the real and the imaginary part as two "
+            "real outputs, (B, 2)"
+        )
     if previous is not None:
         _, change = jax.jvp(function, (params,), (previous,))
         residuals = residuals - momentum * change

@@ -43,10 +43,10 @@ def partition_specs(
       >>> net = hk.transform(lambda x: haiku_mlp.MLP(hidden_dims=(8,))(x))
       >>> params = net.init(jax.random.key(0), jnp.ones((5, 3)))
       >>> specs = haiku_mlp.partition_specs(params)
-      >>> specs["mlp/block/linear_0"]
-      {'b': PartitionSpec('model',), 'w': PartitionSpec(None, 'model')}
-      >>> specs["mlp/block/linear_1"]
-      {'w': PartitionSpec('model', None)}
+      >>> tuple(specs["mlp/block/linear_0"]["w"]), tuple(specs["mlp/block/linear_0"]["b"])
+      ((None, 'model'), ('model',))
+      >>> tuple(specs["mlp/block/linear_1"]["w"])
+      ('model', None)
     """
     splits = _splits(params)
     return {

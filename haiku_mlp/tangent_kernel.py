@@ -78,9 +78,8 @@ def tangent_kernel(
       >>> from haiku_mlp.structure import Layer, tangent_kernel
       >>> linear = Layer(w=jnp.ones((3, 1)), b=jnp.zeros(1))
       >>> x = jnp.array([[1., 0., 0.], [0., 2., 0.]])
-      >>> tangent_kernel((linear,), x)[:, :, 0, 0]
-      Array([[2., 1.],
-             [1., 5.]], dtype=float32)
+      >>> tangent_kernel((linear,), x)[:, :, 0, 0].tolist()
+      [[2.0, 1.0], [1.0, 5.0]]
     """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be positive or None, got {chunk_size!r}")

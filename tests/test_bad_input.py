@@ -36,14 +36,17 @@ def unchanged(variables):
         np.testing.assert_array_equal(leaf, before)
 
 
+# JAX before 0.8, and since.
+NOT_NUMBERS = "is not a valid JAX array type|as a JAX value"
+
 INPUTS = {
     "more features": (np.ones((2, 5)), errors.ScopeParamShapeError, r"\(5, 3\).*\(4, 3\)"),
     "one feature": (np.ones((2, 1)), errors.ScopeParamShapeError, r"\(1, 3\).*\(4, 3\)"),
     "transposed": (X.T, errors.ScopeParamShapeError, r"\(2, 3\).*\(4, 3\)"),
     "number": (1.0, IndexError, "out of range"),
     "text": ("spins", IndexError, "out of range"),
-    "texts": (np.full((2, 4), "up"), TypeError, "as a JAX value"),
-    "objects": (np.full((2, 4), None), TypeError, "as a JAX value"),
+    "texts": (np.full((2, 4), "up"), TypeError, NOT_NUMBERS),
+    "objects": (np.full((2, 4), None), TypeError, NOT_NUMBERS),
     "masked": (np.ma.masked_array(X, X > 0), ValueError, "masked"),
     "keys": (jax.random.split(KEY, 4), ValueError, "dtype"),
 }
@@ -218,7 +221,7 @@ WRAPPED = {
     "shape of a parameter": (
         lambda: compat.wrap(hk.Linear)(3).apply({"params": {"w": np.ones((4, 1))}}, X),
         errors.ScopeParamShapeError,
-        r"shape \(4, 3\), .* shape \(4, 1\)",
+        r"shape \(4, 3\),? .* shape \(4, 1\)",
     ),
     "no key for dropout": (
         lambda: compat.HaikuFunction(lambda x: hk.dropout(hk.next_rng_key(), 0.5, x)).apply({}, X),
@@ -232,6 +235,15 @@ WRAPPED = {
 def test_wrapped(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("fields", [{"hidden_dims": True}, {"hidden_dims": (3, False)}], ids=str)
+def test_a_size_is_no_bool(fields):
+    """The other wrong fields are in the table of ``cases.py``."""
+    with pytest.raises(ValueError, match=r"positive integers, got (True|False)"):
+        compat.MLP(**fields)
+    with pytest.raises(ValueError, match=r"positive integers, got (True|False)"):
+        hk.transform(lambda: haiku_mlp.MLP(**fields)(X)).init(KEY)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from several seeds.  Found: a leaf or level of the Flax tree with a Haiku name (
 """
 
 import os
+import warnings
 
 import haiku as hk
 import jax
@@ -25,7 +26,7 @@ import haiku_mlp
 
 EXAMPLES = os.environ.get("HAIKU_MLP_FUZZ")
 PROFILE = settings(
-    max_examples=int(EXAMPLES or 60),
+    max_examples=int(EXAMPLES or 50),
     derandomize=EXAMPLES is None,
     database=None,
     deadline=None,
@@ -296,9 +297,17 @@ def assert_same(ours, theirs, fields):
     edit=st.sampled_from(["none"] * 5 + list(EDITS)),
     which=st.integers(0, 5),
     apply=st.sampled_from(list(APPLY)),
+    x64=st.sampled_from([True, True, True, False]),
 )
 @PROFILE
-def test_flax_faces(cls, fields, lift, x, init, edit, which, apply):
+def test_flax_faces(cls, fields, lift, x, init, edit, which, apply, x64):
+    with jax.enable_x64(x64), warnings.catch_warnings():
+        # Without x64 NetKet warns of each parameter, and ours of none.
+        warnings.filterwarnings("ignore", "Explicitly requested dtype")
+        check_flax_face(cls, fields, lift, x, init, edit, which, apply)
+
+
+def check_flax_face(cls, fields, lift, x, init, edit, which, apply):
     our_cls, their_cls = FACES[cls]
     ours = outcome(LIFTS[lift], our_cls, fields)
     theirs = outcome(LIFTS[lift], their_cls, for_netket(fields))

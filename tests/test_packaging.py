@@ -13,6 +13,7 @@ import pytest
 import compat
 import haiku_mlp
 
+CAPTURED = {"capture_output": True, "text": True, "check": True}
 ROOT = pathlib.Path(__file__).parent.parent
 
 IMPORTS = """
@@ -112,10 +113,16 @@ def test_distributions_hold_the_two_packages(distributions):
     }
     assert "haiku_mlp/py.typed" in names
     assert "compat/py.typed" in names
+    kept = ["haiku_mlp", "compat", "*.in", "*.rst", "*.toml", "LICENSE", "NOTICE", "setup.*"]
+    listed = subprocess.run(["git", "ls-files", *kept, ":!.ruff.toml"], cwd=ROOT, **CAPTURED)
     with tarfile.open(sdist) as archive:
-        files = {pathlib.PurePath(name).parts[1:][:1] for name in archive.getnames()}
-    assert ("haiku_mlp",) in files
-    assert ("notebooks",) not in files
+        files = {
+            name.partition("/")[2]
+            for name in archive.getnames()
+            if archive.getmember(name).isfile()
+        }
+    made = {name for name in files if name == "PKG-INFO" or ".egg-info/" in name}
+    assert sorted(files - made) == listed.stdout.split()
 
 
 @pytest.mark.slow

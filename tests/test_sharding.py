@@ -19,7 +19,12 @@ HERE = pathlib.Path(__file__).parent
     ("file", "environment", "number"),
     [
         ("four_devices.py", {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, 12),
-        ("four_devices_netket.py", {"NETKET_EXPERIMENTAL_SHARDING_CPU": "4"}, 1),
+        pytest.param(
+            "four_devices_netket.py",
+            {"NETKET_EXPERIMENTAL_SHARDING_CPU": "4"},
+            1,
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_on_four_devices(file, environment, number):

@@ -68,7 +68,7 @@ def test_threads_give_the_sequential_results(often_switching, work):
 
     def worker(number):
         start.wait(timeout=60)
-        return [work((number + turn) % THREADS) for turn in range(3)]
+        return [work((number + turn) % THREADS) for turn in range(2)]
 
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         results = list(pool.map(worker, range(THREADS)))

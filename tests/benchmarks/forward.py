@@ -1,5 +1,6 @@
 """Jitted forward pass and gradient, against peers and the machine's own rate."""
 
+import itertools
 import time
 from collections.abc import Iterator
 
@@ -24,8 +25,8 @@ def rows(budget: float) -> Iterator[tuple[str, ...]]:
         for name, (apply, weights) in peers(num_inputs, hidden_dims, jnp.float32).items():
             f = jax.jit(apply)
             g = jax.jit(jax.grad(lambda w, x, apply=apply: apply(w, x).sum()))
-            forward[name] = lambda f=f, w=weights: f(w, x)
-            gradient[name] = lambda g=g, w=weights: g(w, x)
+            forward[name] = lambda f=f, w=weights, x=x: f(w, x)
+            gradient[name] = lambda g=g, w=weights, x=x: g(w, x)
         for kind, functions in (("forward", forward), ("gradient", gradient)):
             for name, value in ratios(functions, "raw jnp", budget=budget).items():
                 yield f"{kind}, {shape}", name, str(value)
@@ -35,7 +36,7 @@ def matmul_rows() -> Iterator[tuple[str, ...]]:
     """Yields the fraction of the matrix-multiply rate that the large forward pass reaches."""
     num_inputs, hidden_dims, batch = SHAPES["large (512 inputs, 2 x 1024, batch 1024)"]
     sizes = (num_inputs, *hidden_dims, 1)
-    operations = 2 * batch * sum(a * b for a, b in zip(sizes, sizes[1:], strict=False))
+    operations = 2 * batch * sum(a * b for a, b in itertools.pairwise(sizes))
     apply, weights = peers(num_inputs, hidden_dims, jnp.float32)["haiku_mlp.MLP"]
     x = jnp.ones((batch, num_inputs), jnp.float32)
     square = np.ones((1024, 1024), np.float32)
