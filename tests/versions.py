@@ -21,7 +21,7 @@ from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).parent.parent
 NEWER_PYTHONS = ("3.12", "3.13")
-TIME_LIMIT = 420  # seconds, for an installation and for a test run
+TIME_LIMIT = 600  # seconds, for an installation and for a test run
 
 # What depends on the versions.
 TESTS = (
@@ -29,6 +29,7 @@ TESTS = (
     "test_contract.py",
     "test_internals.py",
     "test_mirror.py",
+    "test_trees.py",
     "test_wrapping.py",
     "test_bad_input.py",
     "test_checkpoints.py",

@@ -1,0 +1,219 @@
+"""What the structure of the MLP saves: float64, both cores.  Bars are those of issue 4."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import folx
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import netket as nk
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+from timing import peak_bytes, ratios, seconds
+
+import compat
+import haiku_mlp
+from compat.sr import MinSR
+
+Apply = Callable[..., Any]
+
+
+def network(hidden_dims: tuple[int, ...], method: str = "__call__") -> Any:
+    """Returns ``init`` and ``apply`` of one method of the MLP."""
+    return hk.without_apply_rng(
+        hk.transform(lambda *args: getattr(haiku_mlp.MLP(hidden_dims=hidden_dims), method)(*args))
+    )
+
+
+def dense_kernel(apply: Apply, params: Any, x: jax.Array) -> jax.Array:
+    """Returns the product of the Jacobian with itself."""
+    flat, unravel = ravel_pytree(params)
+    jacobian = jax.vmap(jax.grad(lambda p, x: apply(unravel(p), x)), (None, 0))(flat, x)
+    return jacobian @ jacobian.T
+
+
+def netket_kernel(apply: Apply, params: Any, x: jax.Array) -> jax.Array:
+    """Returns the same by ``netket.jax.jacobian``."""
+    jacobian = nk.jax.jacobian(
+        lambda w, x: apply(w["params"], x), params, x, mode="real", dense=True, center=False
+    )
+    return jacobian @ jacobian.T
+
+
+def tangent_kernel_rows(budget: float) -> Iterator[tuple[str, ...]]:
+    """Yields time and peak memory of the dense products, in units of ``tangent_kernel``'s."""
+    num_inputs, hidden_dims, batch = 64, (256, 256), 256
+    what = "tangent kernel, 64 inputs, 2 x 256, batch 256"
+    params, functions = _tangent_kernels(num_inputs, hidden_dims)
+    x = _normal(batch, num_inputs)
+    calls = {name: _jitted(f, params, x) for name, f in functions.items()}
+    bytes_of = {name: peak_bytes(f, params, x) for name, f in functions.items()}
+    for name, value in ratios(calls, "tangent_kernel", budget=3 * budget).items():
+        if name != "tangent_kernel":
+            yield f"{what}: time (bar 40)", name, str(value)
+            memory = bytes_of[name] / bytes_of["tangent_kernel"]
+            yield f"{what}: peak memory (bar 20)", name, f"{memory:.3g}"
+
+
+def slope_rows(budget: float) -> Iterator[tuple[str, ...]]:
+    """Yields the slopes on log axes of the time of the tangent kernel."""
+    base = {"inputs": 64, "width": 128, "depth": 2, "batch": 128}
+    for name, sizes in {
+        "inputs": (64, 256, 1024),
+        "width": (64, 128, 256),
+        "depth": (2, 4, 8),
+        "batch": (64, 128, 256),
+    }.items():
+        times: dict[str, list[float]] = {"tangent_kernel": [], "dense product": []}
+        for size in sizes:
+            case = {**base, name: size}
+            hidden_dims = (case["width"],) * case["depth"]
+            params, functions = _tangent_kernels(case["inputs"], hidden_dims)
+            x = _normal(case["batch"], case["inputs"])
+            calls = {who: _jitted(functions[who], params, x) for who in times}
+            for who, series in seconds(calls, budget=budget / 4, least=5).items():
+                times[who].append(float(np.median(series)))
+        for who, series in times.items():
+            slope = np.polyfit(np.log(sizes), np.log(series), 1)[0]
+            yield f"tangent kernel, growth with {name} {sizes}: exponent", who, f"{slope:.2f}"
+
+
+def sr_rows(budget: float) -> Iterator[tuple[str, ...]]:
+    """Yields a whole step of NetKet's ``VMC_SR`` in units of ``MinSR``'s.
+
+    The samples are given; local energies, kernel, solution and step are computed.
+    """
+    hilbert = nk.hilbert.Spin(0.5, 64)
+    hamiltonian = nk.operator.Ising(hilbert, nk.graph.Chain(64), h=1.0)
+    sampler = nk.sampler.MetropolisLocal(hilbert, n_chains=64)
+    model = compat.MLP(hidden_dims=(256, 256))
+    state = nk.vqs.MCState(sampler, model, n_samples=1024, n_discard_per_chain=1, seed=0)
+    options = {"diag_shift": 1e-3, "variational_state": state}
+    drivers = {
+        "MinSR": MinSR(hamiltonian, optax.sgd(0.1), **options),
+        "VMC_SR": nk.driver.VMC_SR(
+            hamiltonian, optax.sgd(0.1), use_ntk=True, on_the_fly=False, **options
+        ),
+        "VMC_SR on the fly": nk.driver.VMC_SR(
+            hamiltonian, optax.sgd(0.1), use_ntk=True, on_the_fly=True, **options
+        ),
+    }
+    calls: dict[str, Callable[[], object]] = {
+        name: lambda driver=driver: driver.compute_loss_and_update()[1]
+        for name, driver in drivers.items()
+    }
+    calls["local energies alone"] = lambda: state.local_estimators(hamiltonian)
+    what = "SR step, 64 spins, 2 x 256, 1024 samples (bar 10)"
+    for name, value in ratios(calls, "MinSR", budget=budget, least=3).items():
+        if name != "MinSR":
+            yield what, name, str(value)
+
+
+def connected_rows(budget: float) -> Iterator[tuple[str, ...]]:
+    """Yields NetKet's local energies of an Ising chain, in units of those by ``connected``."""
+    for num_spins, hidden_dims in ((64, (64,)), (128, (128,)), (256, (256,)), (128, (128, 128))):
+        hilbert = nk.hilbert.Spin(0.5, num_spins)
+        graph = nk.graph.Chain(num_spins)
+        hamiltonian = nk.operator.Ising(hilbert, graph, h=1.0, J=1.0)
+        sampler = nk.sampler.MetropolisLocal(hilbert, n_chains=64)
+        model = compat.MLP(hidden_dims=hidden_dims)
+        state = nk.vqs.MCState(sampler, model, n_samples=256, n_discard_per_chain=1, seed=0)
+        edges = jnp.asarray(graph.edges())
+        spins = state.samples.reshape(-1, num_spins)
+        sites = jnp.arange(num_spins)[:, None]
+
+        def local_energies(
+            variables: Any, spins: jax.Array, model: Any = model, sites: Any = sites,
+            edges: Any = edges,
+        ) -> jax.Array:  # fmt: skip
+            flipped = model.apply(variables, spins, sites, -spins[..., None], method="connected")
+            present = model.apply(variables, spins)
+            bonds = spins[:, edges[:, 0]] * spins[:, edges[:, 1]]
+            return jnp.sum(bonds, 1) - jnp.sum(jnp.exp(flipped - present[:, None]), 1)
+
+        energies = jax.jit(local_energies)
+        calls = {
+            "connected": lambda f=energies, state=state, spins=spins: f(state.variables, spins),
+            "MCState.local_estimators": lambda state=state, h=hamiltonian: state.local_estimators(
+                h
+            ).reshape(-1),
+        }
+        ours, theirs = (call() for call in calls.values())
+        np.testing.assert_allclose(ours, theirs, rtol=1e-10)
+        layers = " x ".join(map(str, hidden_dims))
+        what = f"Ising chain of {num_spins} spins, hidden {layers}, 256 samples"
+        what += " (bar 3)" if hidden_dims == (128,) else ""
+        yield what, *_one(ratios(calls, "connected", budget=budget))
+
+
+def laplacian_rows(budget: float) -> Iterator[tuple[str, ...]]:
+    """Yields other ways to value, gradient and Laplacian, in units of ``laplacian``'s time."""
+    num_inputs, hidden_dims, batch = 60, (128, 128), 256
+    x = _normal(batch, num_inputs)
+    params = network(hidden_dims).init(jax.random.key(0), x)
+    apply = network(hidden_dims).apply
+
+    def loop(params: Any, x: jax.Array) -> Any:
+        gradient = jax.grad(functools.partial(apply, params))
+        identity = jnp.eye(num_inputs)
+
+        def add(i: int, total: jax.Array) -> jax.Array:
+            return total + jax.jvp(gradient, (x,), (identity[i],))[1][i]
+
+        return apply(params, x), gradient(x), jax.lax.fori_loop(0, num_inputs, add, 0.0)
+
+    def all_at_once(params: Any, x: jax.Array) -> Any:
+        gradient = jax.grad(functools.partial(apply, params))
+        at, push = jax.linearize(gradient, x)
+        return apply(params, x), at, jnp.trace(jax.vmap(push)(jnp.eye(num_inputs)))
+
+    def by_folx(params: Any, x: jax.Array) -> Any:
+        found = folx.forward_laplacian(functools.partial(apply, params))(x)
+        return found.x, found.dense_jacobian, found.laplacian
+
+    functions = {
+        "laplacian": network(hidden_dims, "laplacian").apply,
+        "loop of jvp over grad (bar 2)": jax.vmap(loop, (None, 0)),
+        "jvp over grad, all at once": jax.vmap(all_at_once, (None, 0)),
+        "folx (bar 4)": jax.vmap(by_folx, (None, 0)),
+    }
+    calls = {name: _jitted(f, params, x) for name, f in functions.items()}
+    expected = calls["laplacian"]()
+    for call in calls.values():
+        np.testing.assert_allclose(call()[2], expected.laplacian, rtol=1e-8, atol=1e-10)
+    what = "Laplacian, 60 inputs, 2 x 128, batch 256"
+    for name, value in ratios(calls, "laplacian", budget=budget).items():
+        if name != "laplacian":
+            yield f"{what}: time", name, str(value)
+            memory = peak_bytes(functions[name], params, x)
+            memory /= peak_bytes(functions["laplacian"], params, x)
+            yield f"{what}: peak memory", name, f"{memory:.3g}"
+
+
+def _one(found: dict[str, Any]) -> tuple[str, str]:
+    name, value = next((name, value) for name, value in found.items() if name != "connected")
+    return name, str(value)
+
+
+def _tangent_kernels(
+    num_inputs: int, hidden_dims: tuple[int, ...]
+) -> tuple[Any, dict[str, Callable[..., jax.Array]]]:
+    net = network(hidden_dims)
+    params = net.init(jax.random.key(0), jnp.ones((1, num_inputs)))
+    return params, {
+        "tangent_kernel": network(hidden_dims, "tangent_kernel").apply,
+        "dense product": functools.partial(dense_kernel, net.apply),
+        "netket.jax.jacobian": functools.partial(netket_kernel, net.apply),
+    }
+
+
+def _jitted(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+    jitted = jax.jit(function)
+    return lambda: jitted(*arguments)
+
+
+def _normal(*shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(1), shape)

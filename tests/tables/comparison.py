@@ -1,0 +1,65 @@
+"""What two calls give, compared to the bit."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+
+def outcome(function: Callable[..., Any], *args: Any) -> Any:
+    """Returns what the function returns, or the exception that it raises."""
+    try:
+        return function(*args)
+    except Exception as error:
+        return error
+
+
+def assert_identical(ours: Any, theirs: Any) -> None:
+    """Asserts equal structures, types, dtypes, shapes and bits; exceptions with equal texts."""
+    if isinstance(ours, Exception) or isinstance(theirs, Exception):
+        assert (type(ours), str(ours)) == (type(theirs), str(theirs))
+        return
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        if not hasattr(b, "dtype") or isinstance(b, jax.ShapeDtypeStruct):
+            assert type(a) is type(b)
+            assert a == b
+            continue
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert getattr(a, "weak_type", False) == getattr(b, "weak_type", False)
+        if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+class _Key(nn.Module):
+    stream: str
+
+    def __call__(self) -> jax.Array:
+        return self.make_rng(self.stream)
+
+
+def root_key(key: jax.Array, stream: str) -> jax.Array:
+    """Returns the key that ``make_rng`` gives at the root of a model."""
+    return _Key(stream).apply({}, rngs={stream: key})
+
+
+def num_calls(function: Callable[[], Any]) -> int:
+    """Returns the number of calls of Python functions that ``function()`` makes."""
+    import sys
+
+    count = 0
+
+    def profile(frame: Any, event: str, arg: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    function()  # whatever is kept after a first call
+    sys.setprofile(profile)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count

@@ -1,0 +1,137 @@
+"""The private names of Haiku and Flax that ``compat.internals`` uses, and what it promises."""
+
+import pathlib
+import re
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+
+import compat
+from compat import internals
+
+KEY = jax.random.key(0)
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def test_the_context_is_one_for_a_run():
+    seen = []
+
+    def inner():
+        seen.append(internals.haiku_context())
+
+    def outer():
+        seen.append(internals.haiku_context())
+        hk.transform(inner).apply({}, None)
+        hk.remat(lambda: inner())()
+        hk.cond(True, lambda: (inner(), 0)[1], lambda: (inner(), 0)[1])
+        seen.append(internals.haiku_context())
+
+    hk.transform(outer).init(KEY)
+    first, transform, *same = seen
+    assert transform is not first
+    assert len(same) == 4
+    assert all(context is first for context in same)
+    seen.clear()
+    hk.transform(outer).apply({}, KEY)
+    assert seen[0] is not first
+
+
+def test_missing_rng():
+    def by_initializer(x):
+        return hk.get_parameter("w", (), init=hk.initializers.RandomNormal())
+
+    for function in (lambda x: hk.next_rng_key(), by_initializer):
+        with pytest.raises(ValueError, match="PRNGKey") as caught:
+            hk.transform(function).init(None, 1.0)
+        assert internals.is_missing_rng(caught.value)
+    for error in (ValueError("a non-None PRNGKey"), KeyError()):
+        assert not internals.is_missing_rng(error)
+
+
+def test_missing_state():
+    def function():
+        return hk.get_state("count")
+
+    with pytest.raises(ValueError, match="No value") as caught:
+        hk.transform_with_state(lambda: hk.to_module(function)("net")()).apply({}, {}, None)
+    assert internals.missing_state(caught.value) == ("net", "count")
+    with pytest.raises(ValueError, match="retrieve parameter") as caught:
+        hk.transform(lambda: hk.get_parameter("w", (), init=jnp.ones)).apply({}, None)
+    assert internals.missing_state(caught.value) is None
+
+
+def function(x):
+    return hk.Linear(3)(x)
+
+
+TRANSFORMED = hk.transform(function)
+HOLDS = {
+    "transform": TRANSFORMED,
+    "transform_with_state": hk.transform_with_state(function),
+    "without_apply_rng": hk.without_apply_rng(TRANSFORMED),
+}
+
+
+@pytest.mark.parametrize("transformed", HOLDS.values(), ids=HOLDS)
+def test_original_function(transformed):
+    assert internals.original_function(transformed) is function
+
+
+def test_original_function_of_a_pair_by_hand():
+    pair = hk.Transformed(lambda key, x: TRANSFORMED.init(key, x), TRANSFORMED.apply)
+    assert internals.original_function(pair) is None
+
+
+class Parent(nn.Module):
+    orphan: bool
+
+    @nn.compact
+    def __call__(self):
+        if not self.orphan:
+            return nn.Dense(1).parent is self
+        with internals.no_flax_parent():
+            inside = nn.Dense(1).parent
+        return inside is None and nn.Dense(1).parent is self
+
+
+@pytest.mark.parametrize("orphan", [False, True])
+def test_no_flax_parent(orphan):
+    assert Parent(orphan).apply({})
+
+
+def test_no_flax_parent_after_an_error():
+    with pytest.raises(KeyError), internals.no_flax_parent():
+        raise KeyError
+    assert Parent(False).apply({})
+
+
+PRIVATE = re.compile(r"haiku\._src|flax\.\w+\._|\bflax_module\._|\bhaiku_base\.|\._original_fn")
+
+
+@pytest.mark.parametrize("package", ["compat", "haiku_mlp"])
+def test_private_names_stand_in_one_place(package):
+    found = {
+        path.name
+        for path in (ROOT / package).rglob("*.py")
+        if PRIVATE.search(path.read_text().replace('"_original_fn"', "._original_fn"))
+    }
+    assert found == ({"internals.py"} if package == "compat" else set())
+
+
+def test_the_public_names():
+    public = {name for name in vars(compat) if not name.startswith("_")}
+    modules = {path.stem for path in (ROOT / "compat").glob("*.py")}
+    assert public - modules == {
+        "MLP",
+        "HaikuFunction",
+        "haiku_method",
+        "perturb",
+        "perturb_outputs",
+        "sow",
+        "to_flax",
+        "to_haiku",
+        "wrap",
+    }

@@ -1,0 +1,141 @@
+"""``compat.sr`` against NetKet's ``VMC_SR(use_ntk=True)`` on the same samples."""
+
+import cases
+import jax
+import jax.numpy as jnp
+import netket as nk
+import numpy as np
+import optax
+import pytest
+
+import compat
+from compat.sr import MinSR, natural_gradient
+
+HILBERT = nk.hilbert.Spin(0.5, 6)
+HAMILTONIAN = nk.operator.Ising(HILBERT, nk.graph.Chain(6), h=1.0)
+
+MODELS = {
+    "real": {"hidden_dims": (8,)},
+    "two_layers": {"hidden_dims": (8, 5), "use_output_bias": True, "hidden_activations": jnp.tanh},
+    "holomorphic": {"hidden_dims": (8,), "param_dtype": complex, "hidden_activations": jnp.tanh},
+    "not_holomorphic": {
+        "hidden_dims": (8, 4),
+        "param_dtype": complex,
+        "hidden_activations": cases.split_gelu,
+    },
+    "real_to_complex": {
+        "hidden_dims": (8, 4),
+        "hidden_activations": (jnp.tanh, lambda z: z * jnp.exp(0.5j * z)),
+    },
+    "linear": {"kernel_init": jax.nn.initializers.normal(0.3)},
+}
+
+
+@pytest.fixture(autouse=True)
+def _rank_promotion():
+    with jax.numpy_rank_promotion("allow"):  # NetKet's operators promote
+        yield
+
+
+def state_of(model, n_samples=48):
+    sampler = nk.sampler.MetropolisLocal(HILBERT, n_chains=8)
+    return nk.vqs.MCState(sampler, model, n_samples=n_samples, n_discard_per_chain=5, seed=2)
+
+
+def netket_driver(state, **options):
+    options = {"diag_shift": 1e-3, "use_ntk": True, "on_the_fly": False, **options}
+    return nk.driver.VMC_SR(HAMILTONIAN, optax.sgd(0.1), variational_state=state, **options)
+
+
+def assert_same(ours, theirs, tolerance=1e-8):
+    """Asserts equal trees, up to an error relative to the largest entry."""
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    scale = max(np.max(np.abs(b)) for b in jax.tree.leaves(theirs))
+    assert scale > 0.01
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("mode", [None, "real", "complex"])
+@pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
+def test_step_equals_netkets(fields, mode):
+    state = state_of(compat.MLP(**fields))
+    energy, step = natural_gradient(state, HAMILTONIAN, 1e-3, mode=mode)
+    # NetKet's Jacobian refuses these two; its lazy kernel takes them.
+    is_complex_output = jnp.iscomplexobj(state.log_value(state.samples))
+    lazy = (mode, is_complex_output) in [("real", True), ("complex", False)]
+    driver = netket_driver(state, mode=mode, on_the_fly=lazy)
+    theirs, expected = driver.compute_loss_and_update()
+    assert_same(step, expected)
+    assert energy.mean == theirs.mean
+
+
+def test_step_equals_that_of_netkets_lazy_kernel():
+    state = state_of(compat.MLP(**MODELS["not_holomorphic"]))
+    _, step = natural_gradient(state, HAMILTONIAN, 1e-2, chunk_size=7)
+    driver = netket_driver(state, on_the_fly=True, diag_shift=1e-2)
+    assert_same(step, driver.compute_loss_and_update()[1])
+
+
+def test_holomorphic_mode_gives_the_same_step():
+    state = state_of(compat.MLP(**MODELS["holomorphic"]))
+    _, step = natural_gradient(state, HAMILTONIAN, 1e-3, mode="holomorphic")
+    assert_same(step, netket_driver(state).compute_loss_and_update()[1])
+    _, other = natural_gradient(
+        state_of(compat.MLP(**MODELS["not_holomorphic"])), HAMILTONIAN, 1e-3, mode="holomorphic"
+    )
+    state = state_of(compat.MLP(**MODELS["not_holomorphic"]))
+    with pytest.raises(AssertionError):  # the comparison can fail
+        assert_same(other, netket_driver(state).compute_loss_and_update()[1])
+
+
+@pytest.mark.parametrize("name", ["real", "not_holomorphic"])
+@pytest.mark.parametrize("momentum", [None, 0.8])
+def test_driver_runs_as_netkets(name, momentum):
+    def schedule(step):
+        return 1e-2 * 0.5**step
+
+    ours, theirs = state_of(compat.MLP(**MODELS[name])), state_of(compat.MLP(**MODELS[name]))
+    driver = MinSR(
+        HAMILTONIAN, optax.sgd(0.1), diag_shift=schedule, variational_state=ours, momentum=momentum
+    )
+    log = nk.logging.RuntimeLog()
+    driver.run(3, out=log, show_progress=False)
+    reference = netket_driver(theirs, diag_shift=schedule, momentum=momentum)
+    reference.run(3, out=(), show_progress=False)
+    assert_same(ours.parameters, theirs.parameters)
+    assert len(log.data["Energy"]["Mean"]) == 3
+    assert driver.energy.mean == log.data["Energy"]["Mean"][-1]
+
+
+def test_a_state_of_another_model():
+    state = state_of(nk.models.RBM())
+    with pytest.raises(TypeError, match=r"model is a compat.MLP, got a MCState of RBM"):
+        natural_gradient(state, HAMILTONIAN, 1e-3)
+    with pytest.raises(TypeError, match=r"got a MCState of RBM"):
+        MinSR(HAMILTONIAN, optax.sgd(0.1), diag_shift=1e-3, variational_state=state)
+    state = nk.vqs.FullSumState(HILBERT, compat.MLP())
+    with pytest.raises(TypeError, match=r"got a FullSumState of MLP"):
+        natural_gradient(state, HAMILTONIAN, 1e-3)
+
+
+def test_wrong_modes():
+    state = state_of(compat.MLP())
+    with pytest.raises(ValueError, match="one of real, complex, holomorphic or None, got 'both'"):
+        natural_gradient(state, HAMILTONIAN, 1e-3, mode="both")
+    with pytest.raises(ValueError, match="needs complex parameters"):
+        natural_gradient(state, HAMILTONIAN, 1e-3, mode="holomorphic")
+
+
+def test_another_hilbert_space():
+    hilbert = nk.hilbert.Spin(0.5, 4)
+    hamiltonian = nk.operator.Ising(hilbert, nk.graph.Chain(4), h=1.0)
+    with pytest.raises(TypeError, match="the same Hilbert space"):
+        MinSR(hamiltonian, optax.sgd(0.1), diag_shift=0.1, variational_state=state_of(compat.MLP()))
+
+
+def test_compat_does_not_import_netket(run_fresh):
+    probe = "import sys; {}; sys.exit('netket' in sys.modules)"
+    assert run_fresh(probe.format("import compat")).returncode == 0
+    assert run_fresh(probe.format("import compat.sr")).returncode == 1

@@ -1,0 +1,311 @@
+"""``compat.to_flax`` and ``compat.to_haiku``: whole trees, exact inverses, on real files."""
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import netket as nk
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+import safetensors.numpy
+from flax import linen as nn
+from flax import serialization, traverse_util
+from flax.core import freeze
+from tables.comparison import assert_identical, root_key
+from tables.haiku_modules import MODULES
+from tables.haiku_programs import PROGRAMS
+
+import compat
+import haiku_mlp
+
+KEY = jax.random.key(5)
+X = np.random.default_rng(0).normal(size=(2, 4))
+FIELDS = {"hidden_dims": (5, 3), "use_output_bias": True}
+MODEL = compat.MLP(**FIELDS)
+NET = hk.without_apply_rng(hk.transform(lambda x: haiku_mlp.MLP(**FIELDS)(x)))
+VARIABLES = nk.models.MLP(**FIELDS).init(KEY, X)
+CASES = MODULES | PROGRAMS
+
+# Trees of Haiku, with the level that is left out, and what they are in Flax.
+
+TREES = {
+    "the MLP": (
+        {"mlp/block/linear_0": {"w": 1, "b": 2}, "mlp/block/linear_1": {"w": 3}},
+        {},
+        None,
+        {"params": {"MLP_0": {"Dense_0": {"kernel": 1, "bias": 2}, "Dense_1": {"kernel": 3}}}},
+    ),
+    "nothing": ({}, {}, None, {"params": {}}),
+    "state alone": ({}, {"a": {"n": 1}}, None, {"params": {}, "state": {"a": {"n": 1}}}),
+    "both": (
+        {"a/b": {"w": 1}},
+        {"a/b/~/c": {"n": 2}},
+        None,
+        {"params": {"a": {"b": {"w": 1}}}, "state": {"a": {"b": {"~/c": {"n": 2}}}}},
+    ),
+    "outside of modules": ({"~": {"w": 1}}, {}, None, {"params": {"~": {"w": 1}}}),
+    "root": ({"a": {"w": 1}, "a/b": {"w": 2}}, {}, "a", {"params": {"w": 1, "b": {"w": 2}}}),
+    "outside of the root": (
+        {"a/b": {"w": 1}, "other/b": {"w": 2}, "ab": {"w": 3}},
+        {},
+        "a",
+        {"params": {"b": {"w": 1}, "/other": {"b": {"w": 2}}, "/ab": {"w": 3}}},
+    ),
+    "methods": (
+        {"a/~encode/b": {"w": 1}, "a/~/~c/b": {"w": 2}},
+        {},
+        None,
+        {"params": {"a": {"~encode/b": {"w": 1}, "~/~c/b": {"w": 2}}}},
+    ),
+    "a value named as a submodule": (
+        {"a": {"b": 1}, "a/b": {"w": 2}},
+        {},
+        None,
+        {"params": {"a": {"b~": 1, "b": {"w": 2}}}},
+    ),
+    "a tree as a value": ({"a": {"w": {"x": 1}}}, {}, None, {"params": {"a": {"w~": {"x": 1}}}}),
+    "names with ~": (
+        {"a": {"~": 1, "b~": 2, "b": 3}},
+        {},
+        None,
+        {"params": {"a": {"~~": 1, "b~~": 2, "b": 3}}},
+    ),
+    "NetKet's names in Haiku": (
+        {"MLP_0/Dense_0": {"kernel": 1}},
+        {},
+        None,
+        {"params": {"/MLP_0": {"Dense_0": {"kernel": 1}}}},
+    ),
+    "an MLP beside another module": (
+        {"mlp/block/linear_0": {"w": 1}, "linear": {"w": 2}},
+        {},
+        None,
+        {"params": {"mlp": {"block": {"linear_0": {"w": 1}}}, "linear": {"w": 2}}},
+    ),
+    "a level without values": ({"a": {}}, {}, None, {"params": {"a": {}}}),
+}
+
+
+@pytest.mark.parametrize(("params", "state", "root", "variables"), TREES.values(), ids=TREES)
+def test_names(params, state, root, variables):
+    """Each way is the inverse of the other, and makes new dictionaries."""
+    flax = compat.to_flax(params, state, root=root)
+    assert flax == variables
+    assert compat.to_haiku(variables, root=root) == (params, state)
+    assert compat.to_haiku(freeze(variables), root=root) == (params, state)
+    flax["params"]["more"] = 1
+    for values in compat.to_haiku(variables, root=root)[0].values():
+        values.clear()
+    assert compat.to_flax(params, state, root=root) == variables
+
+
+BAD = {
+    "a value for a module": (
+        lambda: compat.to_flax({"linear": 1}),
+        r"params\['linear'\] must map names to values, got int",
+    ),
+    "a layer": (
+        lambda: compat.to_flax({"mlp/block/linear_1": {"w": 1}}),
+        "'mlp/block/linear_1' in the MLP",
+    ),
+    "a kernel": (
+        lambda: compat.to_flax({"mlp/block/linear_0": {"b": 1}}),
+        "missing key 'w' in mlp/block/linear_0",
+    ),
+    "unknown value": (
+        lambda: compat.to_flax({"mlp/block/linear_0": {"w": 1, "scale": 2}}),
+        "unknown key 'scale' in mlp/block/linear_0",
+    ),
+    "collection": (
+        lambda: compat.to_haiku({"params": {}, "cache": {}}),
+        "unknown collection 'cache'",
+    ),
+    "no collection": (
+        lambda: compat.to_haiku({"MLP_0": {"Dense_0": {"kernel": 1}}}),
+        "unknown collection 'MLP_0'",
+    ),
+    "Flax layer": (
+        lambda: compat.to_haiku({"params": {"MLP_0": {"Dense_1": {"kernel": 1}}}}),
+        "'Dense_1' in the MLP",
+    ),
+    "Flax kernel": (
+        lambda: compat.to_haiku({"params": {"MLP_0": {"Dense_0": {"bias": 1}}}}),
+        "missing key 'kernel' in Dense_0",
+    ),
+    "unknown Flax value": (
+        lambda: compat.to_haiku({"params": {"MLP_0": {"Dense_0": {"kernel": 1, "w": 1}}}}),
+        "unknown key 'w' in Dense_0",
+    ),
+    "beside MLP_0": (
+        lambda: compat.to_haiku({"params": {"MLP_0": {}, "Dense_0": {}}}),
+        "unknown key 'Dense_0' in 'params'",
+    ),
+    "top level": (
+        lambda: compat.to_haiku({"params": {"w": 1}}),
+        "value 'w' at the top level of 'params'.*as root",
+    ),
+    "no name of compat's": (
+        lambda: compat.to_haiku({"params": {"a": {"w~": 1}}}),
+        "unknown key 'a/w~' in 'params'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), BAD.values(), ids=BAD)
+def test_errors_name_the_key(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_any_module(name):
+    """Inverses, and the tree that the adapter has."""
+    case = CASES[name]
+    net, model = hk.transform_with_state(case.function), compat.HaikuFunction(case.function)
+    params, state = jax.eval_shape(net.init, KEY, case.input())
+    variables = compat.to_flax(params, state)
+    assert compat.to_haiku(variables) == (params, state)
+    ours = jax.eval_shape(model.init, KEY, case.input())
+    assert {"params": {}, **ours} == variables
+
+
+def test_the_mlp():
+    params, state = compat.to_haiku(VARIABLES)
+    assert state == {}
+    assert list(params) == [f"mlp/block/linear_{i}" for i in range(3)]
+    assert jax.tree.structure(params) == jax.tree.structure(jax.eval_shape(NET.init, KEY, X))
+    assert_identical(NET.apply(params, X), MODEL.apply(VARIABLES, X))
+    assert_identical(compat.to_flax(params), VARIABLES)
+
+
+def test_of_the_wrapped_mlp():
+    """Without NetKet's names: those of Haiku."""
+    model = compat.wrap(haiku_mlp.MLP)(**FIELDS)
+    params, _ = compat.to_haiku(VARIABLES)
+    variables = compat.to_flax({"mlp/extra": {}} | params, root="mlp")
+    assert set(variables["params"]["block"]["linear_0"]) == {"w", "b"}
+    assert_identical(model.apply(variables, X), MODEL.apply(VARIABLES, X))
+
+
+LEAVES = {
+    "shapes": jax.ShapeDtypeStruct((4, 5), float),
+    "sharded": jax.device_put(np.ones((4, 5)), jax.devices()[0]),
+    "boxes": nn.Partitioned(jnp.ones((4, 5)), ("in", "out")),
+    "specs": jax.sharding.PartitionSpec("in", None),
+    "numbers": 3.0,
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("leaf", LEAVES.values(), ids=LEAVES)
+def test_leaves_stay_the_objects_that_they_are(leaf):
+    flat = dict.fromkeys(traverse_util.flatten_dict(VARIABLES), leaf)
+    variables = traverse_util.unflatten_dict(flat)
+    params, _ = compat.to_haiku(variables)
+    assert all(value is leaf for values in params.values() for value in values.values())
+    again = traverse_util.flatten_dict(compat.to_flax(params))
+    assert again.keys() == flat.keys()
+    assert all(value is leaf for value in again.values())
+
+
+def test_optimiser_state_goes_along():
+    """Each tree of it that is like the parameters; training goes on as if nothing had been."""
+    optimiser = optax.adam(0.1)
+
+    def step(apply, params, state):
+        grads = jax.grad(lambda params: (apply(params) ** 2).sum())(params)
+        updates, state = optimiser.update(grads, state)
+        return optax.apply_updates(params, updates), state
+
+    def of_flax(params):
+        return MODEL.apply({"params": params}, X)
+
+    def of_haiku(params):
+        return NET.apply(params, X)
+
+    def as_haiku(tree):
+        return compat.to_haiku({"params": tree})[0]
+
+    params = VARIABLES["params"]
+    params, state = step(of_flax, params, optimiser.init(params))
+    haiku_state = optax.tree_utils.tree_map_params(
+        optimiser, lambda leaf: leaf, optimiser.init(as_haiku(params))
+    )
+    adam, *rest = state
+    haiku_state = (adam._replace(mu=as_haiku(adam.mu), nu=as_haiku(adam.nu)), *rest)
+    ours, our_state = step(of_flax, params, state)
+    theirs, their_state = step(of_haiku, as_haiku(params), haiku_state)
+    assert_identical(ours, compat.to_flax(theirs)["params"])
+    assert_identical(compat.to_flax(their_state[0].nu)["params"], our_state[0].nu)
+
+
+# Trees of haiku.experimental.flax.
+
+
+# A value that is a tree looks there like modules.
+@pytest.mark.parametrize("name", [name for name in CASES if name != "a tree as state"])
+def test_trees_of_haikus_own_adapter(name):
+    case = CASES[name]
+    net = hk.transform_with_state(case.function)
+    rngs = {"params": KEY, "apply": KEY}
+    theirs = jax.eval_shape(hk.experimental.flax.Module(net).init, rngs, case.input())
+    plain = jax.eval_shape(net.init, KEY, case.input())
+    assert compat.to_haiku(theirs) == plain
+
+
+def test_values_of_haikus_own_adapter():
+    """Read, and applied by ours."""
+    function = MODULES["BatchNorm"].function
+    x = MODULES["BatchNorm"].input()
+    theirs = hk.experimental.flax.Module(hk.transform_with_state(function))
+    variables = theirs.init(KEY, x)
+    ours = compat.to_flax(*compat.to_haiku(variables))
+    outputs, changed = compat.HaikuFunction(function).apply(ours, x, mutable=["state"])
+    expected, their_changed = theirs.apply(variables, x, mutable=["state"])
+    assert_identical(outputs, expected)
+    assert_identical(
+        compat.to_haiku(changed)[1], compat.to_haiku({"state": their_changed["state"]})[1]
+    )
+    # From one key both have the same values.
+    assert_identical(compat.HaikuFunction(function).init(KEY, x), ours)
+
+
+# Files.
+
+
+def by_msgpack(tree, like, path):
+    path.write_bytes(serialization.to_bytes(tree))
+    return serialization.from_bytes(like, path.read_bytes())
+
+
+def by_orbax(tree, like, path):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, tree)
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(path, like)
+
+
+def by_safetensors(tree, like, path):
+    flat = traverse_util.flatten_dict(tree, sep="|")
+    safetensors.numpy.save_file({name: np.asarray(leaf) for name, leaf in flat.items()}, path)
+    return traverse_util.unflatten_dict(safetensors.numpy.load_file(path), sep="|")
+
+
+FILES = [by_msgpack, by_orbax, by_safetensors]
+
+
+@pytest.mark.parametrize("through", FILES, ids=lambda f: f.__name__)
+def test_files(through, tmp_path):
+    """Saved in one face, loaded in the other, with state."""
+    case = MODULES["BatchNorm"]
+    net, model = hk.transform_with_state(case.function), compat.HaikuFunction(case.function)
+    variables, x = model.init(KEY, case.input()), case.input()
+    loaded = through(variables, model.init(jax.random.key(9), x), tmp_path / "flax")
+    params, state = net.init(root_key(KEY, "params"), x)
+    assert_identical(jax.tree.map(jnp.asarray, compat.to_haiku(loaded)), (params, state))
+
+    haiku_params, _ = compat.to_haiku(VARIABLES)
+    like = NET.init(jax.random.key(9), X)
+    loaded = through(haiku_params, like, tmp_path / "haiku")
+    assert_identical(MODEL.apply(compat.to_flax(loaded), X), MODEL.apply(VARIABLES, X))
