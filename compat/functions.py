@@ -17,7 +17,8 @@ class HaikuFunction(Mirrored):
 
     The Flax tree has Haiku's names, one level a module; values made outside of any
     module are under ``~``.  State is the collection ``state``.  At ``init`` Haiku's own
-    initializers draw from the key that ``make_rng("params")`` gives at the root, at
+    initializers draw from the key that ``make_rng("params")`` gives at the root
+    (``model.apply({}, rngs={"params": key}, method=lambda m: m.make_rng("params"))``), at
     ``apply`` from the stream ``apply``, ``dropout`` or ``params``, the first there is.
 
     Args:

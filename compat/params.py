@@ -119,14 +119,14 @@ def flatten(names: Names, collection: str, tree: Tree) -> HaikuTree:
     """Returns the flat Haiku tree of a nested Flax tree: the inverse of ``unflatten``.
 
     Leaves out what ``unflatten`` would have named otherwise: it is no value of Haiku's.
-    Takes a tree of ``haiku.experimental.flax`` too, whose levels are whole module names.
+    Only the cut of a module's name into levels is free, as in ``haiku.experimental.flax``,
+    where ``~`` is a level.
     """
-    if names == Names() and _has_whole_names(tree):
-        return {module_name: dict(values) for module_name, values in tree.items()}
     flat: HaikuTree = {}
-    for path, level in _levels(tree):
-        module_name = names.module_name(path)
-        if names.path(module_name) != path:
+    levels = [(path, names.module_name(path), level) for path, level in _levels(tree)]
+    levels.sort(key=lambda item: names.path(item[1]) != item[0])  # stable: our own cut first
+    for path, module_name, level in levels:
+        if module_name in flat or "/".join(names.path(module_name)) != "/".join(path):
             continue
         submodules = {key for key, value in level.items() if not _is_value(key, value)}
         values = {}
@@ -142,14 +142,13 @@ def flatten(names: Names, collection: str, tree: Tree) -> HaikuTree:
 
 def unknown(names: Names, collection: str, tree: Tree) -> str | None:
     """Returns the path of something that ``flatten`` leaves out, or None."""
-    if names == Names() and _has_whole_names(tree):
-        return None
-    known = set(_value_paths(unflatten(names, collection, flatten(names, collection, tree))))
-    return next(("/".join(path) for path in _value_paths(tree) if path not in known), None)
-
-
-def _has_whole_names(tree: Tree) -> bool:
-    return any("/" in key[1:] for key in tree)
+    flat = flatten(names, collection, tree)
+    known = list(_value_paths(unflatten(names, collection, flat)))
+    for path in _value_paths(tree):
+        if path not in known:
+            return path
+        known.remove(path)
+    return None
 
 
 def _level(tree: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -169,8 +168,8 @@ def _is_value(key: str, value: Any) -> bool:
     return not isinstance(value, Mapping) or (len(key) > 1 and key.endswith("~"))
 
 
-def _value_paths(tree: Tree) -> Iterator[Path]:
+def _value_paths(tree: Tree) -> Iterator[str]:
     for path, level in _levels(tree):
         for key, value in level.items():
             if _is_value(key, value):
-                yield (*path, key)
+                yield "/".join((*path, key))

@@ -214,7 +214,8 @@ def _module_name(construct: Callable[[], hk.Module]) -> str:
 
 
 def _rebuild(cls: type, fields: dict[str, Any]) -> Mirrored:
-    return (wrap(cls) if issubclass(cls, hk.Module) else cls)(**fields)
+    make: Any = wrap(cls) if issubclass(cls, hk.Module) else cls
+    return make(**fields)
 
 
 def _is_made_by_wrap(cls: type[Wrapped]) -> bool:

@@ -121,16 +121,18 @@ def natural_gradient(
       >>> x = jnp.linspace(-1., 1., 20)[:, None]
       >>> params = net.init(jax.random.key(0), x)
       >>> forward, kernel = net.apply
-      >>> def loss(params):
-      ...     return jnp.mean((forward(params, x) - jnp.sin(3 * x[:, 0])) ** 2)
-      >>> step = None
-      >>> for _ in range(30):
+      >>> @jax.jit
+      ... def update(params, step):
       ...     residuals = forward(params, x) - jnp.sin(3 * x[:, 0])
       ...     step = haiku_mlp.natural_gradient(
       ...         lambda p: forward(p, x), params, kernel(params, x), residuals, 1e-3,
       ...         centered=False, momentum=0.5, previous=step)
       ...     params = jax.tree.map(lambda p, d: p - 0.5 * d, params, step)
-      >>> bool(loss(params) < 1e-3)
+      ...     return params, step, jnp.mean(residuals**2)
+      >>> step = jax.tree.map(jnp.zeros_like, params)
+      >>> for _ in range(30):
+      ...     params, step, loss = update(params, step)
+      >>> bool(loss < 1e-3)
       True
     """
     outputs, pull = jax.vjp(function, params)

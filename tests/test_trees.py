@@ -214,7 +214,7 @@ def test_optimiser_state_goes_along():
     optimiser = optax.adam(0.1)
 
     def step(apply, params, state):
-        grads = jax.grad(lambda params: (apply(params) ** 2).sum())(params)
+        grads = jax.jit(jax.grad(lambda params: (apply(params) ** 2).sum()))(params)
         updates, state = optimiser.update(grads, state)
         return optax.apply_updates(params, updates), state
 

@@ -32,10 +32,6 @@ GROUPS: dict[str, tuple[str, Callable[[], Iterator[tuple[str, ...]]]]] = {
         lambda: structure.tangent_kernel_rows(BUDGET),
     ),
     "slopes": ("How the time of the tangent kernel grows", lambda: structure.slope_rows(BUDGET)),
-    "sr": (
-        "A step of stochastic reconfiguration, in units of MinSR",
-        lambda: structure.sr_rows(BUDGET),
-    ),
     "connected": (
         "Local energies, in units of those by connected",
         lambda: structure.connected_rows(BUDGET),
@@ -49,6 +45,10 @@ GROUPS: dict[str, tuple[str, Callable[[], Iterator[tuple[str, ...]]]]] = {
     "overhead": ("Python, in units of netket.models.MLP", lambda: overhead.rows(BUDGET / 4)),
     "resnet": ("Tracing through the adapter", lambda: overhead.resnet_rows(BUDGET / 2)),
     "imports": ("Imports, in units of haiku", overhead.import_rows),
+    "sr": (
+        "A step of stochastic reconfiguration, in units of MinSR",
+        lambda: structure.sr_rows(BUDGET),
+    ),
 }
 
 

@@ -1,6 +1,8 @@
 """What the structure of the MLP saves: float64, both cores.  Bars are those of issue 4."""
 
+import contextlib
 import functools
+import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -92,15 +94,13 @@ def sr_rows(budget: float) -> Iterator[tuple[str, ...]]:
     model = compat.MLP(hidden_dims=(256, 256))
     state = nk.vqs.MCState(sampler, model, n_samples=1024, n_discard_per_chain=1, seed=0)
     options = {"diag_shift": 1e-3, "variational_state": state}
-    drivers = {
-        "MinSR": MinSR(hamiltonian, optax.sgd(0.1), **options),
-        "VMC_SR": nk.driver.VMC_SR(
-            hamiltonian, optax.sgd(0.1), use_ntk=True, on_the_fly=False, **options
-        ),
-        "VMC_SR on the fly": nk.driver.VMC_SR(
-            hamiltonian, optax.sgd(0.1), use_ntk=True, on_the_fly=True, **options
-        ),
-    }
+    make = functools.partial(nk.driver.VMC_SR, hamiltonian, optax.sgd(0.1), use_ntk=True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        drivers = {
+            "MinSR": MinSR(hamiltonian, optax.sgd(0.1), **options),
+            "VMC_SR": make(on_the_fly=False, **options),
+            "VMC_SR on the fly": make(on_the_fly=True, **options),
+        }
     calls: dict[str, Callable[[], object]] = {
         name: lambda driver=driver: driver.compute_loss_and_update()[1]
         for name, driver in drivers.items()
