@@ -52,6 +52,17 @@ def original_function(
     return getattr(transformed.init, "_original_fn", None)
 
 
+def is_flax_watching() -> bool:
+    """Returns whether a Flax call would be captured, intercepted or listed in a summary now.
+
+    Flax keeps what watches its calls to itself.
+    """
+    context = flax_module._context
+    capturing = bool(context.capture_stack and context.capture_stack[-1])
+    watchers = flax_module._global_interceptor_stack or context.call_info_stack
+    return capturing or bool(watchers)
+
+
 @contextlib.contextmanager
 def no_flax_parent() -> Iterator[None]:
     """Makes Flax modules constructed inside orphans, as they are outside of Flax methods.

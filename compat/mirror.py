@@ -3,9 +3,9 @@
 Haiku's frame stays the owner of the values.  They are loaded into it before the code
 runs, and what changed is stored behind it.  In between, each call of a Haiku module
 goes through a small Flax module at the same path, so that Flax sees what it sees of a
-native model; but only where the code runs in the trace and the transform in which it
-was started.  Inside ``hk.scan``, ``hk.vmap``, ``hk.remat`` and the like it runs as
-plain Haiku, so that no tracer gets out.
+native model; but only where Flax looks, and where the code runs in the trace and the
+transform in which it was started.  Inside ``hk.scan``, ``hk.vmap``, ``hk.remat`` and the
+like it runs as plain Haiku, so that no tracer gets out.
 """
 
 import contextvars
@@ -20,7 +20,7 @@ from flax import errors
 from flax import linen as nn
 
 from .caching import per_class
-from .internals import is_missing_rng, missing_state
+from .internals import is_flax_watching, is_missing_rng, missing_state
 from .params import Names
 from .store import Store
 
@@ -140,6 +140,8 @@ class Mirror:
             if self.store.place.is_same_transform():
                 self._hidden.add(name)
             return next_f(*args, **kwargs)
+        if not self._is_visible():
+            return next_f(*args, **kwargs)
         known, row = self._rows.get(name, (None, self._host))
         named: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         dtypes = {key: value for key, value in named.items() if _is_dtype(value)}
@@ -147,6 +149,15 @@ class Mirror:
             row = self._new_row(module, dtypes)
             self._rows[name] = module, row
         return row._continue_with(next_f, method)(*args, **kwargs)
+
+    def _is_visible(self) -> bool:
+        """Returns whether it makes a difference that a call goes through Flax.
+
+        Each step on the way makes the stack deeper, which slows down all tracing below:
+        JAX looks at the whole stack for each operation.
+        """
+        host = self._host
+        return host._compact or host.is_initializing() or is_flax_watching()
 
     def _new_row(self, module: hk.Module, dtypes: dict[Any, Any]) -> Any:
         path = self.store.names.path(module.module_name)

@@ -78,27 +78,44 @@ def laplacian(layers: tuple[Layer, ...], x: jax.Array) -> Derivatives:
     return jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), derivatives)
 
 
+class _Carry(NamedTuple):
+    """The derivatives of a layer's units; the Jacobian ``(N, n)`` is a sum of scaled terms."""
+
+    value: jax.Array
+    jacobian: list[tuple[jax.Array | None, jax.Array]]
+    laplacian: jax.Array
+
+
 def _laplacian(layers: tuple[Layer, ...], x: jax.Array) -> Derivatives:
     """Returns the derivatives for one input ``(N,)``."""
     first, *rest = layers
     z = first.affine(x)
-    at = Derivatives(z, jnp.asarray(first.w, z.dtype), jnp.zeros_like(z))
-    at = _activate(first, at)
+    at = _activate(first, z, jnp.asarray(first.w, z.dtype), jnp.zeros_like(z))
     for layer in rest:
         apply = functools.partial(jnp.matmul, precision=layer.precision)
-        at = Derivatives(
-            layer.affine(at.value), apply(at.gradient, layer.w), apply(at.laplacian, layer.w)
-        )
-        at = _activate(layer, at)
-    return at._replace(gradient=at.gradient.T)
+        jacobian = _sum([apply(*_scaled(*term, layer.w)) for term in at.jacobian])
+        at = _activate(layer, layer.affine(at.value), jacobian, apply(at.laplacian, layer.w))
+    gradient = _sum([j if f is None else f[None] * j for f, j in at.jacobian])
+    return Derivatives(at.value, gradient.T, at.laplacian)
 
 
-def _activate(layer: Layer, at: Derivatives) -> Derivatives:
-    """Returns the derivatives of ``phi(z)`` from those of ``z``, its Jacobian as ``(N, n)``."""
+def _scaled(
+    factor: jax.Array | None, jacobian: jax.Array, w: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns ``jacobian`` and ``w``, the smaller of them scaled by the factor between them."""
+    if factor is None:
+        return jacobian, w
+    if w.shape[1] < jacobian.shape[0]:
+        return jacobian, factor[:, None] * w
+    return factor[None] * jacobian, w
+
+
+def _activate(layer: Layer, z: jax.Array, jacobian: jax.Array, laplacian: jax.Array) -> _Carry:
+    """Returns the derivatives of ``phi(z)`` from those of ``z``."""
     phi = layer.activation
     if not callable(phi):
-        return at
-    z, jacobian, laplacian = at.value, _parts(at.gradient), _parts(at.laplacian)
+        return _Carry(z, [(None, jacobian)], laplacian)
+    jacobians, laplacians = _parts(jacobian), _parts(laplacian)
     _check_elementwise(phi, z.dtype)
     directions = [jnp.full_like(z, unit) for unit in ((1, 1j) if jnp.iscomplexobj(z) else (1,))]
     slopes = [functools.partial(_along, phi, direction) for direction in directions]
@@ -106,13 +123,13 @@ def _activate(layer: Layer, at: Derivatives) -> Derivatives:
     second = [[_along(slope, direction, z) for direction in directions] for slope in slopes]
     curvatures = [
         f * jnp.sum(a * b, axis=0)
-        for row, a in zip(second, jacobian, strict=True)
-        for f, b in zip(row, jacobian, strict=True)
+        for row, a in zip(second, jacobians, strict=True)
+        for f, b in zip(row, jacobians, strict=True)
     ]
-    return Derivatives(
+    return _Carry(
         value=phi(z),
-        gradient=_sum([f[None] * part for f, part in zip(first, jacobian, strict=True)]),
-        laplacian=_sum([f * part for f, part in zip(first, laplacian, strict=True)] + curvatures),
+        jacobian=list(zip(first, jacobians, strict=True)),
+        laplacian=_sum([f * part for f, part in zip(first, laplacians, strict=True)] + curvatures),
     )
 
 

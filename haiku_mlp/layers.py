@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from haiku_mlp.arguments import Activation
 from haiku_mlp.linear import _promote
 
-# Entries of the largest array that stays in the cache of a CPU core (1 MB of float64).
-_BLOCK_ENTRIES = 2**17
+# Entries of the largest array that stays in the cache of a CPU core (2 MB of float64).
+_BLOCK_ENTRIES = 2**18
 
 
 class Layer(NamedTuple):

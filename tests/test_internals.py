@@ -108,6 +108,26 @@ def test_no_flax_parent_after_an_error():
     assert Parent(False).apply({})
 
 
+def test_is_flax_watching():
+    seen = []
+
+    class Watched(nn.Module):
+        @nn.compact
+        def __call__(self):
+            seen.append(internals.is_flax_watching())
+
+    model = Watched()
+    model.apply({})
+    model.apply({}, capture_intermediates=True)
+    model.apply({}, capture_intermediates=lambda module, name: True)
+    with nn.intercept_methods(lambda next_f, args, kwargs, context: next_f(*args, **kwargs)):
+        model.apply({})
+    model.apply({})
+    assert seen == [False, True, True, True, False]
+    model.tabulate({})
+    assert seen[5]
+
+
 PRIVATE = re.compile(r"haiku\._src|flax\.\w+\._|\bflax_module\._|\bhaiku_base\.|\._original_fn")
 
 

@@ -1,4 +1,4 @@
-"""What the structure of the MLP saves: float64, both cores.  Bars are those of issue 4."""
+"""What the structure of the MLP saves: float64, both cores."""
 
 import contextlib
 import functools
@@ -55,9 +55,9 @@ def tangent_kernel_rows(budget: float) -> Iterator[tuple[str, ...]]:
     bytes_of = {name: peak_bytes(f, params, x) for name, f in functions.items()}
     for name, value in ratios(calls, "tangent_kernel", budget=3 * budget).items():
         if name != "tangent_kernel":
-            yield f"{what}: time (bar 40)", name, str(value)
+            yield f"{what}: time", name, str(value)
             memory = bytes_of[name] / bytes_of["tangent_kernel"]
-            yield f"{what}: peak memory (bar 20)", name, f"{memory:.3g}"
+            yield f"{what}: peak memory", name, f"{memory:.3g}"
 
 
 def slope_rows(budget: float) -> Iterator[tuple[str, ...]]:
@@ -106,7 +106,7 @@ def sr_rows(budget: float) -> Iterator[tuple[str, ...]]:
         for name, driver in drivers.items()
     }
     calls["local energies alone"] = lambda: state.local_estimators(hamiltonian)
-    what = "SR step, 64 spins, 2 x 256, 1024 samples (bar 10)"
+    what = "SR step, 64 spins, 2 x 256, 1024 samples"
     for name, value in ratios(calls, "MinSR", budget=budget, least=3).items():
         if name != "MinSR":
             yield what, name, str(value)
@@ -145,7 +145,6 @@ def connected_rows(budget: float) -> Iterator[tuple[str, ...]]:
         np.testing.assert_allclose(ours, theirs, rtol=1e-10)
         layers = " x ".join(map(str, hidden_dims))
         what = f"Ising chain of {num_spins} spins, hidden {layers}, 256 samples"
-        what += " (bar 3)" if hidden_dims == (128,) else ""
         yield what, *_one(ratios(calls, "connected", budget=budget))
 
 
@@ -176,9 +175,9 @@ def laplacian_rows(budget: float) -> Iterator[tuple[str, ...]]:
 
     functions = {
         "laplacian": network(hidden_dims, "laplacian").apply,
-        "loop of jvp over grad (bar 2)": jax.vmap(loop, (None, 0)),
+        "loop of jvp over grad": jax.vmap(loop, (None, 0)),
         "jvp over grad, all at once": jax.vmap(all_at_once, (None, 0)),
-        "folx (bar 4)": jax.vmap(by_folx, (None, 0)),
+        "folx": jax.vmap(by_folx, (None, 0)),
     }
     calls = {name: _jitted(f, params, x) for name, f in functions.items()}
     expected = calls["laplacian"]()

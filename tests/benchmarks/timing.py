@@ -23,9 +23,13 @@ class Ratio(NamedTuple):
 def seconds(
     functions: dict[str, Callable[[], object]], *, budget: float = 4.0, least: int = 7
 ) -> dict[str, list[float]]:
-    """Returns the times of each function, called in turns until the budget (s) is spent."""
+    """Returns the times of each function, called in turns until the budget (s) is spent.
+
+    What takes less than 2 ms is called that long in each turn.
+    """
     for function in functions.values():
         jax.block_until_ready(function())
+    calls = {name: max(1, round(2e-3 / _time(f, 3))) for name, f in functions.items()}
     times: dict[str, list[float]] = {name: [] for name in functions}
     start = time.perf_counter()
     while time.perf_counter() - start < budget or min(map(len, times.values())) < least:
@@ -33,10 +37,16 @@ def seconds(
         turn = len(next(iter(times.values()))) % len(functions)
         # In another order each turn: the first call after the collection is slow.
         for name, function in [*functions.items(), *functions.items()][turn:][: len(functions)]:
-            begin = time.perf_counter()
-            jax.block_until_ready(function())
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(_time(function, calls[name]))
     return times
+
+
+def _time(function: Callable[[], object], calls: int) -> float:
+    """Returns the mean time of a call."""
+    begin = time.perf_counter()
+    for _ in range(calls):
+        jax.block_until_ready(function())
+    return (time.perf_counter() - begin) / calls
 
 
 def ratio(times: list[float], reference: list[float]) -> Ratio:
