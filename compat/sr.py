@@ -100,7 +100,8 @@ class MinSR(nk.driver.AbstractOptimizationDriver):
     """Energy minimisation: :func:`natural_gradient` as a NetKet driver.
 
     It takes the steps of ``netket.driver.VMC_SR(use_ntk=True)``, and runs, logs and calls
-    back as every driver of NetKet.
+    back as every driver of NetKet.  A part of a natural step is not the natural step of that
+    part: to freeze layers by path, take ``netket.driver.VMC``.
 
     Args:
       hamiltonian: The operator whose expectation value is minimised.

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import compat
+from compat import sr
 from compat.sr import MinSR, natural_gradient
 
 HILBERT = nk.hilbert.Spin(0.5, 6)
@@ -55,6 +56,31 @@ def assert_same(ours, theirs, tolerance=1e-8):
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale)
+
+
+RINGS = {
+    "one site": lambda hilbert, ring: nk.operator.Ising(hilbert, ring, h=0.7),
+    "two sites": lambda hilbert, ring: nk.operator.Heisenberg(hilbert, ring),
+    "one or two": lambda hilbert, ring: (
+        nk.operator.Heisenberg(hilbert, ring) + nk.operator.Ising(hilbert, ring, h=0.7)
+    ),
+    "none": lambda hilbert, ring: nk.operator.Ising(hilbert, ring, h=0.0),
+}
+
+
+@pytest.mark.parametrize("model", ["real", "not_holomorphic"])
+@pytest.mark.parametrize("operator", RINGS.values(), ids=RINGS)
+def test_local_energies_are_netkets(operator, model):
+    hilbert, ring = nk.hilbert.Spin(0.5, 16), nk.graph.Chain(16)
+    hamiltonian = operator(hilbert, ring)
+    if not isinstance(hamiltonian, nk.operator.DiscreteJaxOperator):
+        hamiltonian = hamiltonian.to_jax_operator()
+    sampler = nk.sampler.MetropolisLocal(hilbert, n_chains=4)
+    state = nk.vqs.MCState(sampler, compat.MLP(**MODELS[model]), n_samples=16, seed=3)
+    ours = sr._local_energies(state.model, state, hamiltonian)
+    theirs = state.local_estimators(hamiltonian)
+    assert ours.dtype == theirs.dtype
+    np.testing.assert_allclose(ours, jnp.asarray(theirs), rtol=1e-12)
 
 
 @pytest.mark.parametrize("mode", [None, "real", "complex"])
