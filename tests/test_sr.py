@@ -61,8 +61,9 @@ def assert_same(ours, theirs, tolerance=1e-8):
 RINGS = {
     "one site": lambda hilbert, ring: nk.operator.Ising(hilbert, ring, h=0.7),
     "two sites": lambda hilbert, ring: nk.operator.Heisenberg(hilbert, ring),
-    "one or two": lambda hilbert, ring: (
-        nk.operator.Heisenberg(hilbert, ring) + nk.operator.Ising(hilbert, ring, h=0.7)
+    "one or two": lambda hilbert, ring: sum(
+        nk.operator.spin.sigmax(hilbert, i) @ (1 + nk.operator.spin.sigmax(hilbert, j))
+        for i, j in ring.edges()
     ),
     "none": lambda hilbert, ring: nk.operator.Ising(hilbert, ring, h=0.0),
 }
