@@ -78,7 +78,7 @@ def test_local_energies_are_netkets(operator, model):
         hamiltonian = hamiltonian.to_jax_operator()
     sampler = nk.sampler.MetropolisLocal(hilbert, n_chains=4)
     state = nk.vqs.MCState(sampler, compat.MLP(**MODELS[model]), n_samples=16, seed=3)
-    ours = sr._local_energies(state.model, state, hamiltonian)
+    ours = jnp.asarray(sr._local_energies(state.model, state, hamiltonian))
     theirs = state.local_estimators(hamiltonian)
     assert ours.dtype == theirs.dtype
     np.testing.assert_allclose(ours, jnp.asarray(theirs), rtol=1e-12)
