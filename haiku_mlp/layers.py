@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from haiku_mlp.arguments import Activation
-from haiku_mlp.linear import _promote
+from haiku_mlp.linear import promote
 
 # Entries of the largest array that stays in the cache of a CPU core (2 MB of float64).
 _BLOCK_ENTRIES = 2**18
@@ -30,7 +30,7 @@ class Layer(NamedTuple):
 
     def affine(self, x: jax.Array) -> jax.Array:
         """Returns ``x @ w + b``, promoted as in :class:`haiku_mlp.Linear`."""
-        x, w, b = _promote(x, self.w, self.b)
+        x, w, b = promote(x, self.w, self.b)
         z = jnp.matmul(x, w, precision=self.precision)
         return z if b is None else z + jnp.reshape(b, (1,) * (z.ndim - 1) + (-1,))
 

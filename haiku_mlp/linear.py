@@ -66,7 +66,7 @@ class Linear(hk.Module):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Returns ``(..., output_size)`` for inputs ``(..., input_size)``."""
         w, b = _parameters(self, jnp.shape(inputs)[-1])
-        inputs, w, b = _promote(inputs, w, b)
+        inputs, w, b = promote(inputs, w, b)
         contract_last = (((inputs.ndim - 1,), (0,)), ((), ()))
         out = jax.lax.dot_general(inputs, w, contract_last, precision=self.precision)
         return out if b is None else out + jnp.reshape(b, (1,) * (out.ndim - 1) + (-1,))
@@ -90,7 +90,7 @@ def _parameters(layer: Linear, input_size: int) -> tuple[jax.Array, jax.Array | 
     return w, hk.get_parameter("b", (layer.output_size,), dtype, b_init)
 
 
-def _promote(
+def promote(
     inputs: jax.Array, w: jax.Array, b: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Casts all to their common inexact dtype."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from haiku_mlp.layers import Layer
-from haiku_mlp.linear import _promote
+from haiku_mlp.linear import promote
 
 # The derivatives by a layer's weights are sums of products of two factors: one like the
 # layer's inputs, (B, inputs), and one like its signals, (B, O, outputs).
@@ -138,7 +138,7 @@ def _step(layer: Layer, following: Layer | None, z: jax.Array) -> tuple[jax.Arra
 
 def _factors(layer: Layer, h: jax.Array, real: jax.Array, imag: jax.Array | None) -> Factors:
     """Returns the factors of one layer from the derivatives of the outputs' parts."""
-    h, *_ = _promote(h, layer.w, None)
+    h, *_ = promote(h, layer.w, None)
     if not jnp.iscomplexobj(real):
         return [(h, real if imag is None else real + 1j * imag)]
     if imag is None and jnp.iscomplexobj(layer.w):
