@@ -1,8 +1,21 @@
 """The table of cases: configurations of the MLP, and inputs."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+@contextlib.contextmanager
+def x64(enabled):
+    """Turns x64 on or off inside; ``jax.enable_x64`` is younger than JAX 0.7."""
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", enabled)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
 
 
 def split_gelu(z):

@@ -10,12 +10,12 @@ Found before that: a leaf or level of the Flax tree with a Haiku name (``w`` bes
 import os
 import warnings
 
+import cases
 import haiku as hk
 import jax
 import jax.numpy as jnp
 import netket as nk
 import numpy as np
-from cases import split_gelu
 from flax import errors, traverse_util
 from flax import linen as nn
 from flax.core import freeze
@@ -58,7 +58,7 @@ INITIALIZERS = (
     telling,
     wrong_shape,
 )
-ACTIVATIONS = (None, jax.nn.gelu, jnp.tanh, jax.nn.softmax, jnp.abs, split_gelu, jnp.sum)
+ACTIVATIONS = (None, jax.nn.gelu, jnp.tanh, jax.nn.softmax, jnp.abs, cases.split_gelu, jnp.sum)
 DTYPES = (float, complex, "float32", jnp.bfloat16, jnp.complex64, np.dtype("float64"), int)
 
 sizes = st.lists(st.integers(1, 3), max_size=2).map(tuple)
@@ -302,7 +302,7 @@ def assert_same(ours, theirs, fields):
 )
 @PROFILE
 def test_flax_faces(cls, fields, lift, x, init, edit, which, apply, x64):
-    with jax.enable_x64(x64), warnings.catch_warnings():
+    with cases.x64(x64), warnings.catch_warnings():
         # Without x64 NetKet warns of each parameter, and ours of none.
         warnings.filterwarnings("ignore", "Explicitly requested dtype")
         check_flax_face(cls, fields, lift, x, init, edit, which, apply)

@@ -1,5 +1,6 @@
 """``compat.perturb``, ``sow`` and ``perturb_outputs``, with the documentation's examples."""
 
+import cases
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -65,7 +66,7 @@ class NativeFoo(nn.Module):
 
 @pytest.fixture
 def documented_keys():
-    with jax.enable_x64(False), jax.threefry_partitionable(False):
+    with cases.x64(False), jax.threefry_partitionable(False):
         yield jax.random.PRNGKey(0)
 
 
