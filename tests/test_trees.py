@@ -309,3 +309,22 @@ def test_files(through, tmp_path):
     like = NET.init(jax.random.key(9), X)
     loaded = through(haiku_params, like, tmp_path / "haiku")
     assert_identical(MODEL.apply(compat.to_flax(loaded), X), MODEL.apply(VARIABLES, X))
+
+
+def test_one_module_cut_in_two_ways_is_refused():
+    """Beside ours, the cut of ``haiku.experimental.flax`` is an unknown key, and is not used."""
+    ours, other = {"w": np.ones((3, 2)), "b": np.ones(2)}, {"w": np.zeros((3, 2))}
+    variables = {"params": {"net": {"~": {"linear": other}, "~/linear": ours}}}
+    with pytest.raises(ValueError, match="unknown key 'net/~/linear/w'"):
+        compat.to_haiku(variables)
+
+    class Net(hk.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = hk.Linear(2)
+
+        def __call__(self, x):
+            return self.linear(x)
+
+    outputs = compat.HaikuFunction(lambda x: Net()(x)).apply(variables, np.ones((1, 3)))
+    assert outputs.tolist() == [[4.0, 4.0]]
