@@ -1,5 +1,6 @@
 """The Flax faces of the MLP's parts."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -12,24 +13,13 @@ from flax import linen as nn
 from flax.core import Scope
 
 import haiku_mlp
-from haiku_mlp import arguments
+from haiku_mlp.arguments import Arguments, size
 from haiku_mlp.initializers import default_bias_init, default_kernel_init
 
-from .module import Mirrored
-from .params import Names
+from .mirror.names import Names
+from .mirror.rows import Mirrored
 
-FIELDS = (
-    "hidden_dims",
-    "hidden_dims_alpha",
-    "param_dtype",
-    "hidden_activations",
-    "output_activation",
-    "use_hidden_bias",
-    "use_output_bias",
-    "precision",
-    "kernel_init",
-    "bias_init",
-)
+FIELDS = tuple(field.name for field in dataclasses.fields(Arguments))
 
 
 class Perceptron(Mirrored):
@@ -38,7 +28,7 @@ class Perceptron(Mirrored):
     _compact = True
 
     def __post_init__(self) -> None:
-        for name, value in arguments.check(**self._fields()).items():
+        for name, value in vars(Arguments(**self._fields())).items():
             object.__setattr__(self, name, value)
         super().__post_init__()
 
@@ -62,8 +52,7 @@ class Perceptron(Mirrored):
         # Flax names the children of a compact method itself: MLP_0, Dense_0, Dense_1, ...
         place: Any = {"parent": parent, "name": name if isinstance(parent, Scope) else None}
         if type(module) is haiku_mlp.blocks.MLP:
-            fields = {field: getattr(module, field) for field in FIELDS}
-            row: Mirrored = MLP(module.output_dim, **fields, **place)
+            row: Mirrored = MLP(module.output_dim, **vars(module.arguments), **place)
         elif type(module) is haiku_mlp.Linear:
             row = Dense(
                 module.output_size,
@@ -150,7 +139,7 @@ class MLP(Perceptron, haiku=haiku_mlp.blocks.MLP):
     """Initializer of the biases, ``(key, shape, dtype)``."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "output_dim", arguments.size(self.output_dim, "output_dim"))
+        object.__setattr__(self, "output_dim", size(self.output_dim, "output_dim"))
         super().__post_init__()
 
     @nn.nowrap

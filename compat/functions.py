@@ -6,8 +6,8 @@ from typing import Any
 import haiku as hk
 from flax import linen as nn
 
-from .internals import original_function
-from .module import Mirrored
+from .mirror.private import original_function
+from .mirror.rows import Mirrored
 
 _TRANSFORMED = hk.Transformed | hk.TransformedWithState
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from .mirror import running
+from .mirror.run import running
 
 
 def perturb(name: str, value: Any, collection: str = "perturbations") -> Any:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .params import HaikuTree, Names, flatten, unflatten, unknown
+from .mirror.names import HaikuTree, Names, flatten, unflatten, unknown
 
 _NETKET = Names(root="mlp", netket=True)
 

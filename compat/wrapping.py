@@ -12,10 +12,10 @@ import jax
 from flax import linen as nn
 from flax.core import FrozenDict, freeze, unfreeze
 
-from .caching import per_class
-from .mirror import public_methods
-from .module import Mirrored
-from .params import Names
+from .mirror.caching import per_class
+from .mirror.names import Names
+from .mirror.rows import Mirrored
+from .mirror.run import public_methods
 
 
 class _Argument(enum.Enum):

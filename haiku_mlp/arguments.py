@@ -1,5 +1,6 @@
 """The MLP's arguments: what is accepted, in which form it is kept, what is refused."""
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Iterable
@@ -7,6 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from haiku_mlp.initializers import Initializer
 
 # JAX ends the process where the bytes of an array overflow 64 bits.
 _MAX_SIZE = 2**31 - 1
@@ -16,54 +19,50 @@ Activation = Callable[[jax.Array], jax.Array]
 Activations = Activation | Iterable[Activation | None] | None
 
 
-def check(
-    *,
-    hidden_dims: Any,
-    hidden_dims_alpha: Any,
-    param_dtype: Any,
-    hidden_activations: Any,
-    output_activation: Any,
-    use_hidden_bias: Any,
-    use_output_bias: Any,
-    precision: Any,
-    kernel_init: Any,
-    bias_init: Any,
-) -> dict[str, Any]:
-    """Returns the arguments, those that take a sequence as tuples, or raises.
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """The arguments that the MLP and its block share; sequences are kept as tuples.
 
     Raises:
       ValueError: Both sizes are given, a size is not positive, the number of
         activations is not that of the hidden layers, or the precision is unknown.
       TypeError: The dtype is unknown, or an activation or initializer is not callable.
     """
-    if hidden_dims is not None and hidden_dims_alpha is not None:
-        raise ValueError(
-            f"hidden_dims and hidden_dims_alpha are both given ({hidden_dims!r}, "
-            f"{hidden_dims_alpha!r}): give only one"
+
+    hidden_dims: Any
+    hidden_dims_alpha: Any
+    param_dtype: Any
+    hidden_activations: Any
+    output_activation: Activation | None
+    use_hidden_bias: bool
+    use_output_bias: bool
+    precision: Any
+    kernel_init: Initializer
+    bias_init: Initializer
+
+    def __post_init__(self) -> None:
+        dims, alpha = self.hidden_dims, self.hidden_dims_alpha
+        if dims is not None and alpha is not None:
+            raise ValueError(
+                f"hidden_dims and hidden_dims_alpha are both given ({dims!r}, {alpha!r}): "
+                "give only one"
+            )
+        dims = None if dims is None else tuple(map(size, _items(dims)))
+        alpha = None if alpha is None else tuple(map(_ratio, _items(alpha)))
+        num_hidden = len(dims or alpha or ())
+        precision = tuple(self.precision) if isinstance(self.precision, list) else self.precision
+        _check_dtype(self.param_dtype)
+        _check_precision(precision)
+        _check_activation("output_activation", self.output_activation)
+        _check_initializer("kernel_init", self.kernel_init)
+        if (self.use_hidden_bias and num_hidden) or self.use_output_bias:
+            _check_initializer("bias_init", self.bias_init)
+        vars(self).update(
+            hidden_dims=dims,
+            hidden_dims_alpha=alpha,
+            hidden_activations=_activations(self.hidden_activations, num_hidden),
+            precision=precision,
         )
-    dims = None if hidden_dims is None else tuple(map(size, _items(hidden_dims)))
-    alpha = None if hidden_dims_alpha is None else tuple(map(_ratio, _items(hidden_dims_alpha)))
-    num_hidden = len(dims or alpha or ())
-    _check_dtype(param_dtype)
-    if isinstance(precision, list):
-        precision = tuple(precision)
-    _check_precision(precision)
-    _check_activation("output_activation", output_activation)
-    _check_initializer("kernel_init", kernel_init)
-    if (use_hidden_bias and num_hidden) or use_output_bias:
-        _check_initializer("bias_init", bias_init)
-    return {
-        "hidden_dims": dims,
-        "hidden_dims_alpha": alpha,
-        "param_dtype": param_dtype,
-        "hidden_activations": _activations(hidden_activations, num_hidden),
-        "output_activation": output_activation,
-        "use_hidden_bias": use_hidden_bias,
-        "use_output_bias": use_output_bias,
-        "precision": precision,
-        "kernel_init": kernel_init,
-        "bias_init": bias_init,
-    }
 
 
 def size(value: Any, name: str = "hidden_dims") -> int:

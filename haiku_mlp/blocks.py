@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from haiku_mlp import arguments, structure
-from haiku_mlp.arguments import Activation, Activations
+from haiku_mlp.arguments import Activation, Activations, Arguments
 from haiku_mlp.initializers import Initializer, default_bias_init, default_kernel_init
 from haiku_mlp.linear import Linear
 
@@ -73,29 +73,19 @@ class MLP(hk.Module):
         name: str | None = None,
     ):
         super().__init__(name=name)
-        checked = arguments.check(
-            hidden_dims=hidden_dims,
-            hidden_dims_alpha=hidden_dims_alpha,
-            param_dtype=param_dtype,
-            hidden_activations=hidden_activations,
-            output_activation=output_activation,
-            use_hidden_bias=use_hidden_bias,
-            use_output_bias=use_output_bias,
-            precision=precision,
-            kernel_init=kernel_init,
-            bias_init=bias_init,
-        )
         self.output_dim = arguments.size(output_dim, "output_dim")
-        self.hidden_dims = checked["hidden_dims"]
-        self.hidden_dims_alpha = checked["hidden_dims_alpha"]
-        self.param_dtype = param_dtype
-        self.hidden_activations = checked["hidden_activations"]
-        self.output_activation = output_activation
-        self.use_hidden_bias = use_hidden_bias
-        self.use_output_bias = use_output_bias
-        self.precision = checked["precision"]
-        self.kernel_init = kernel_init
-        self.bias_init = bias_init
+        self.arguments = Arguments(
+            hidden_dims,
+            hidden_dims_alpha,
+            param_dtype,
+            hidden_activations,
+            output_activation,
+            use_hidden_bias,
+            use_output_bias,
+            precision,
+            kernel_init,
+            bias_init,
+        )
 
     def __call__(self, input: jax.Array) -> jax.Array:
         """Returns ``(..., output_dim)`` for inputs ``(..., N)``."""
@@ -153,22 +143,23 @@ class MLP(hk.Module):
 
 def _layers(block: MLP, input_size: int) -> list[tuple[Linear, Activation | None]]:
     """Returns the layers with their activations, first to last."""
-    sizes = _hidden_sizes(block, input_size)
-    use_bias = (*[block.use_hidden_bias] * len(sizes), block.use_output_bias)
+    given = block.arguments
+    sizes = _hidden_sizes(given, input_size)
+    use_bias = (*[given.use_hidden_bias] * len(sizes), given.use_output_bias)
     layers = [
         Linear(
             size,
             use_bias=bias,
-            param_dtype=block.param_dtype,
-            precision=block.precision,
-            kernel_init=block.kernel_init,
-            bias_init=block.bias_init,
+            param_dtype=given.param_dtype,
+            precision=given.precision,
+            kernel_init=given.kernel_init,
+            bias_init=given.bias_init,
             name=f"linear_{i}",
         )
         for i, (size, bias) in enumerate(zip((*sizes, block.output_dim), use_bias, strict=True))
     ]
-    hidden_activations = arguments.for_each_layer(block.hidden_activations, len(sizes))
-    return list(zip(layers, (*hidden_activations, block.output_activation), strict=True))
+    hidden_activations = arguments.for_each_layer(given.hidden_activations, len(sizes))
+    return list(zip(layers, (*hidden_activations, given.output_activation), strict=True))
 
 
 def _as_structure(block: MLP, x: jax.Array) -> tuple[structure.Layer, ...]:
@@ -176,19 +167,19 @@ def _as_structure(block: MLP, x: jax.Array) -> tuple[structure.Layer, ...]:
     layers: list[structure.Layer] = []
     h = jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
     for linear, activation in _layers(block, h.shape[-1]):
-        layer = structure.Layer(*linear.parameters(h.shape[-1]), activation, block.precision)
+        layer = structure.Layer(*linear.parameters(h.shape[-1]), activation, linear.precision)
         layers.append(layer)
         h = jax.eval_shape(lambda h, layer=layer: structure.forward((layer,), h), h)
     return tuple(layers)
 
 
-def _hidden_sizes(block: MLP, input_size: int) -> tuple[int, ...]:
-    if block.hidden_dims_alpha is None:
-        return block.hidden_dims or ()
-    sizes = tuple(int(alpha * input_size) for alpha in block.hidden_dims_alpha)
+def _hidden_sizes(given: Arguments, input_size: int) -> tuple[int, ...]:
+    if given.hidden_dims_alpha is None:
+        return given.hidden_dims or ()
+    sizes = tuple(int(alpha * input_size) for alpha in given.hidden_dims_alpha)
     if min(sizes, default=1) < 1:
         raise ValueError(
-            f"hidden_dims_alpha={block.hidden_dims_alpha} gives layers of {sizes} units for "
+            f"hidden_dims_alpha={given.hidden_dims_alpha} gives layers of {sizes} units for "
             f"{input_size} inputs: each must have at least 1"
         )
     return sizes

@@ -66,10 +66,7 @@ class Linear(hk.Module):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Returns ``(..., output_size)`` for inputs ``(..., input_size)``."""
         w, b = _parameters(self, jnp.shape(inputs)[-1])
-        inputs, w, b = promote(inputs, w, b)
-        contract_last = (((inputs.ndim - 1,), (0,)), ((), ()))
-        out = jax.lax.dot_general(inputs, w, contract_last, precision=self.precision)
-        return out if b is None else out + jnp.reshape(b, (1,) * (out.ndim - 1) + (-1,))
+        return affine(inputs, w, b, self.precision)
 
     def parameters(self, input_size: int) -> tuple[jax.Array, jax.Array | None]:
         """Returns ``w (input_size, output_size)`` and ``b (output_size,)``, or None for ``b``."""
@@ -88,6 +85,14 @@ def _parameters(layer: Linear, input_size: int) -> tuple[jax.Array, jax.Array | 
         return w, None
     b_init = as_haiku_initializer(layer.bias_init)
     return w, hk.get_parameter("b", (layer.output_size,), dtype, b_init)
+
+
+def affine(x: jax.Array, w: jax.Array, b: jax.Array | None, precision: Any = None) -> jax.Array:
+    """Returns ``x @ w + b``, promoted, by the operations of ``flax.linen.Dense``."""
+    x, w, b = promote(x, w, b)
+    contract_last = (((x.ndim - 1,), (0,)), ((), ()))
+    z = jax.lax.dot_general(x, w, contract_last, precision=precision)
+    return z if b is None else z + jnp.reshape(b, (1,) * (z.ndim - 1) + (-1,))
 
 
 def promote(

@@ -7,8 +7,8 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from haiku_mlp import arguments, blocks, structure
-from haiku_mlp.arguments import Activation, Activations
+from haiku_mlp import blocks, structure
+from haiku_mlp.arguments import Activation, Activations, Arguments
 from haiku_mlp.initializers import Initializer, default_bias_init, default_kernel_init
 
 
@@ -85,17 +85,17 @@ class MLP(hk.Module):
         name: str | None = None,
     ):
         super().__init__(name=name)
-        self._arguments = arguments.check(
-            hidden_dims=hidden_dims,
-            hidden_dims_alpha=hidden_dims_alpha,
-            param_dtype=param_dtype,
-            hidden_activations=hidden_activations,
-            output_activation=output_activation,
-            use_hidden_bias=use_hidden_bias,
-            use_output_bias=use_output_bias,
-            precision=precision,
-            kernel_init=kernel_init,
-            bias_init=bias_init,
+        self.arguments = Arguments(
+            hidden_dims,
+            hidden_dims_alpha,
+            param_dtype,
+            hidden_activations,
+            output_activation,
+            use_hidden_bias,
+            use_output_bias,
+            precision,
+            kernel_init,
+            bias_init,
         )
 
     def __call__(self, input: jax.Array) -> jax.Array:
@@ -185,4 +185,4 @@ class MLP(hk.Module):
 
 
 def _block(mlp: MLP) -> blocks.MLP:
-    return blocks.MLP(1, **mlp._arguments, name="block")
+    return blocks.MLP(1, **vars(mlp.arguments), name="block")

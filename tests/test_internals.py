@@ -1,4 +1,4 @@
-"""The private names of Haiku and Flax that ``compat.internals`` uses, and what it promises."""
+"""The private names of Haiku and Flax that ``compat.mirror.private`` uses, and what it promises."""
 
 import pathlib
 import re
@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 import compat
-from compat import internals
+from compat.mirror import private as internals
 
 KEY = jax.random.key(0)
 ROOT = pathlib.Path(__file__).parent.parent
@@ -138,12 +138,12 @@ def test_private_names_stand_in_one_place(package):
         for path in (ROOT / package).rglob("*.py")
         if PRIVATE.search(path.read_text().replace('"_original_fn"', "._original_fn"))
     }
-    assert found == ({"internals.py"} if package == "compat" else set())
+    assert found == ({"private.py"} if package == "compat" else set())
 
 
 def test_the_public_names():
     public = {name for name in vars(compat) if not name.startswith("_")}
-    modules = {path.stem for path in (ROOT / "compat").glob("*.py")}
+    modules = {path.stem for path in (ROOT / "compat").iterdir()}
     assert public - modules == {
         "MLP",
         "HaikuFunction",

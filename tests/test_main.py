@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from haiku_mlp import __main__ as command
+from haiku_mlp.masses import command
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""``compat.sr`` against NetKet's ``VMC_SR(use_ntk=True)`` on the same samples."""
+"""``compat.netket`` against NetKet's ``VMC_SR(use_ntk=True)`` on the same samples."""
 
 import cases
 import jax
@@ -9,8 +9,8 @@ import optax
 import pytest
 
 import compat
-from compat import sr
-from compat.sr import MinSR, natural_gradient
+from compat.netket import MinSR, natural_gradient
+from compat.netket import min_sr as sr
 
 HILBERT = nk.hilbert.Spin(0.5, 6)
 HAMILTONIAN = nk.operator.Ising(HILBERT, nk.graph.Chain(6), h=1.0)
@@ -165,4 +165,4 @@ def test_another_hilbert_space():
 def test_compat_does_not_import_netket(run_fresh):
     probe = "import sys; {}; sys.exit('netket' in sys.modules)"
     assert run_fresh(probe.format("import compat")).returncode == 0
-    assert run_fresh(probe.format("import compat.sr")).returncode == 1
+    assert run_fresh(probe.format("import compat.netket")).returncode == 1

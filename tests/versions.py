@@ -63,7 +63,7 @@ def test_versions_are_the_floors():
     assert is_lowest == LOWEST, (installed, floors, python)
 
 
-@pytest.mark.parametrize("module", ["compat", "compat.mirror", "haiku_mlp.linear"])
+@pytest.mark.parametrize("module", ["compat", "compat.mirror.run", "haiku_mlp.linear"])
 def test_a_warning_from_our_code_is_an_error(module):
     with pytest.raises(DeprecationWarning):
         warnings.warn_explicit("old", DeprecationWarning, "file.py", 1, module)

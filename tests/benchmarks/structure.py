@@ -18,7 +18,7 @@ from timing import peak_bytes, ratios, seconds
 
 import compat
 import haiku_mlp
-from compat.sr import MinSR
+from compat.netket import MinSR
 
 Apply = Callable[..., Any]
 

@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from haiku_mlp.layers import Layer, forward, map_samples
+from haiku_mlp.structure.layers import Layer, forward, map_samples
 
 
 def connected(

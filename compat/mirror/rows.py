@@ -15,9 +15,9 @@ from flax import errors
 from flax import linen as nn
 
 from .caching import per_class
-from .internals import no_flax_parent
-from .mirror import Mirror, public_methods
-from .params import Names
+from .names import Names
+from .private import no_flax_parent
+from .run import Mirror, public_methods
 
 
 class Mirrored(nn.Module):

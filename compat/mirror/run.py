@@ -20,9 +20,9 @@ from flax import errors
 from flax import linen as nn
 
 from .caching import per_class
-from .internals import is_flax_watching, is_missing_rng, missing_state
-from .params import Names
-from .store import Store
+from .names import Names
+from .private import is_flax_watching, is_missing_rng, missing_state
+from .values import Store
 
 _transformed = hk.transform_with_state(lambda body: body())
 _running: contextvars.ContextVar["Mirror"] = contextvars.ContextVar("mirror")

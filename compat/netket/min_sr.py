@@ -1,8 +1,4 @@
-"""Stochastic reconfiguration in NetKet by the structure of the MLP.
-
-The only file that imports NetKet, which turns x64 on.  ``import compat`` does not import
-it: ``from compat.sr import MinSR``.
-"""
+"""Stochastic reconfiguration in NetKet by the structure of the MLP."""
 
 import dataclasses
 import functools
@@ -17,8 +13,8 @@ from netket.utils import struct
 import haiku_mlp
 from haiku_mlp.arguments import Activation
 
-from . import blocks
-from .flax_adapter import MLP
+from .. import blocks
+from ..flax_adapter import MLP
 
 Schedule = float | jax.Array | Callable[[int], Any]
 MODES = ("real", "complex", "holomorphic")
@@ -71,7 +67,7 @@ def natural_gradient(
 
       >>> import jax, netket as nk
       >>> import compat
-      >>> from compat.sr import natural_gradient
+      >>> from compat.netket import natural_gradient
       >>> hilbert = nk.hilbert.Spin(0.5, 4)
       >>> hamiltonian = nk.operator.Ising(hilbert, nk.graph.Chain(4), h=1.0)
       >>> sampler = nk.sampler.MetropolisLocal(hilbert)
@@ -122,7 +118,7 @@ class MinSR(nk.driver.AbstractOptimizationDriver):
 
       >>> import netket as nk, optax
       >>> import compat
-      >>> from compat.sr import MinSR
+      >>> from compat.netket import MinSR
       >>> hilbert = nk.hilbert.Spin(0.5, 4)
       >>> hamiltonian = nk.operator.Ising(hilbert, nk.graph.Chain(4), h=1.0)
       >>> sampler = nk.sampler.MetropolisLocal(hilbert)

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from haiku_mlp.layers import Layer
 from haiku_mlp.linear import promote
+from haiku_mlp.structure.layers import Layer
 
 # The derivatives by a layer's weights are sums of products of two factors: one like the
 # layer's inputs, (B, inputs), and one like its signals, (B, O, outputs).

@@ -12,8 +12,8 @@ from flax.core import Scope, meta, tracers
 
 from haiku_mlp import JaxInitializer
 
-from .internals import haiku_context
-from .params import HaikuTree, Names, Path, flatten
+from .names import HaikuTree, Names, Path, flatten
+from .private import haiku_context
 
 Tree = Mapping[str, Mapping[str, Any]]
 

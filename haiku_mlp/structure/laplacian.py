@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from haiku_mlp.arguments import Activation
-from haiku_mlp.layers import Layer, map_samples
+from haiku_mlp.structure.layers import Layer, map_samples
 
 
 class Derivatives(NamedTuple):

@@ -4,10 +4,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from haiku_mlp.arguments import Activation
-from haiku_mlp.linear import promote
+from haiku_mlp.linear import affine
 
 # Entries of the largest array that stays in the cache of a CPU core (2 MB of float64).
 _BLOCK_ENTRIES = 2**18
@@ -30,9 +29,7 @@ class Layer(NamedTuple):
 
     def affine(self, x: jax.Array) -> jax.Array:
         """Returns ``x @ w + b``, promoted as in :class:`haiku_mlp.Linear`."""
-        x, w, b = promote(x, self.w, self.b)
-        z = jnp.matmul(x, w, precision=self.precision)
-        return z if b is None else z + jnp.reshape(b, (1,) * (z.ndim - 1) + (-1,))
+        return affine(x, self.w, self.b, self.precision)
 
     def activate(self, z: jax.Array) -> jax.Array:
         """Returns ``activation(z)``."""

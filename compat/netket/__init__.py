@@ -1,0 +1,8 @@
+"""What a NetKet user plugs in.
+
+The only package that imports NetKet, which turns x64 on.  ``import compat`` does not import
+it: ``from compat.netket import MinSR``.
+"""
+
+from .min_sr import MinSR as MinSR
+from .min_sr import natural_gradient as natural_gradient
