@@ -10,7 +10,7 @@ import pytest
 
 import compat
 from compat.netket import MinSR, natural_gradient
-from compat.netket import min_sr as sr
+from compat.netket.local_energies import local_energies
 
 HILBERT = nk.hilbert.Spin(0.5, 6)
 HAMILTONIAN = nk.operator.Ising(HILBERT, nk.graph.Chain(6), h=1.0)
@@ -78,7 +78,7 @@ def test_local_energies_are_netkets(operator, model):
         hamiltonian = hamiltonian.to_jax_operator()
     sampler = nk.sampler.MetropolisLocal(hilbert, n_chains=4)
     state = nk.vqs.MCState(sampler, compat.MLP(**MODELS[model]), n_samples=16, seed=3)
-    ours = jnp.asarray(sr._local_energies(state.model, state, hamiltonian))
+    ours = jnp.asarray(local_energies(state, hamiltonian))
     theirs = state.local_estimators(hamiltonian)
     assert ours.dtype == theirs.dtype
     np.testing.assert_allclose(ours, jnp.asarray(theirs), rtol=1e-12)

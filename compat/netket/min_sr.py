@@ -15,6 +15,7 @@ from haiku_mlp.arguments import Activation
 
 from .. import blocks
 from ..flax_adapter import MLP
+from .local_energies import local_energies
 
 Schedule = float | jax.Array | Callable[[int], Any]
 MODES = ("real", "complex", "holomorphic")
@@ -77,19 +78,19 @@ def natural_gradient(
     """
     model = _checked_model(state)
     mode = _checked_mode(mode, state)
-    local_energies = _local_energies(model, state, hamiltonian)
+    energies = local_energies(state, hamiltonian)
     step = _step(
         model,
         state.parameters,
         state.samples.reshape(-1, state.hilbert.size),
-        local_energies.reshape(-1),
+        energies.reshape(-1),
         diag_shift,
         momentum,
         previous,
         mode=mode,
         chunk_size=chunk_size,
     )
-    return nk.stats.statistics(local_energies), step
+    return nk.stats.statistics(energies), step
 
 
 class MinSR(nk.driver.AbstractOptimizationDriver):
@@ -186,50 +187,6 @@ class MinSR(nk.driver.AbstractOptimizationDriver):
 
     def _at_this_step(self, value: Schedule) -> Any:
         return value(self.step_count) if callable(value) else value
-
-
-def _local_energies(model: MLP, state: nk.vqs.MCState, hamiltonian: Any) -> jax.Array:
-    """Returns the local energies ``(chains, samples of each)``."""
-    samples = state.samples
-    if state.chunk_size is None and isinstance(hamiltonian, nk.operator.DiscreteJaxOperator):
-        flat = samples.reshape(-1, samples.shape[-1])
-        num_changes = int(_num_changes(hamiltonian, flat))
-        if 1 <= num_changes <= flat.shape[-1] // 8:
-            energies = _connected_energies(
-                model, state.variables, hamiltonian, flat, num_changes=num_changes
-            )
-            return energies.reshape(samples.shape[:-1])
-    return state.local_estimators(hamiltonian)
-
-
-@jax.jit
-def _num_changes(hamiltonian: Any, samples: jax.Array) -> jax.Array:
-    """Returns in how many sites a sample and one connected to it differ at most."""
-    connected, _ = hamiltonian.get_conn_padded(samples)
-    return jnp.max(jnp.sum(connected != samples[:, None], -1), initial=0)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "num_changes"))
-def _connected_energies(
-    model: MLP, variables: Any, hamiltonian: Any, samples: jax.Array, *, num_changes: int
-) -> jax.Array:
-    """Returns the local energies ``(B,)`` by :func:`haiku_mlp.structure.connected`."""
-    connected, elements = hamiltonian.get_conn_padded(samples)
-    present = jnp.broadcast_to(samples[:, None], connected.shape)
-    changed = connected != present
-    sites, values = [], []
-    for _ in range(num_changes):
-        site = jnp.argmax(changed, -1, keepdims=True)  # 0 where no change is left
-        is_change, new, old = (
-            jnp.take_along_axis(array, site, -1) for array in (changed, connected, present)
-        )
-        sites.append(site)
-        values.append(jnp.where(is_change, new, old))
-        changed &= jnp.arange(changed.shape[-1]).reshape(1, 1, -1) != site
-    changes = jnp.concatenate(sites, -1), jnp.concatenate(values, -1)
-    log_values: Any = model.apply(variables, samples, *changes, method="connected")
-    log_value: Any = model.apply(variables, samples)
-    return jnp.sum(elements * jnp.exp(log_values - log_value[:, None]), -1)
 
 
 @dataclasses.dataclass(frozen=True)
