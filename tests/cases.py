@@ -4,7 +4,10 @@ import contextlib
 
 import jax
 import jax.numpy as jnp
+import netket as nk
 import numpy as np
+
+import compat
 
 
 @contextlib.contextmanager
@@ -22,6 +25,12 @@ def split_gelu(z):
     """gelu of real and imaginary part apart."""
     return jax.lax.complex(jax.nn.gelu(z.real), jax.nn.gelu(z.imag))
 
+
+FACES = {
+    "MLP": (compat.MLP, nk.models.MLP),
+    "block": (compat.blocks.MLP, nk.nn.blocks.MLP),
+}
+"""Our model and NetKet's, our block and NetKet's."""
 
 GOOD = {
     "default": {},

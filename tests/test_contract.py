@@ -15,11 +15,11 @@ import netket as nk
 import numpy as np
 import optax
 import pytest
+from comparison import assert_identical, median_times, num_calls, outcome
 from flax import errors, nnx, serialization, traverse_util
 from flax import linen as nn
 from flax.core import DenyList, freeze
 from flax.training.train_state import TrainState
-from tables.comparison import assert_identical, median_times, num_calls, outcome
 
 import compat
 import haiku_mlp
@@ -28,10 +28,7 @@ KEY = jax.random.key(0)
 X = cases.INPUTS["batch"]
 F = {"hidden_dims": (5, 3)}
 V = nk.models.MLP(**F).init(KEY, X)
-FACES = {
-    "MLP": (compat.MLP, nk.models.MLP),
-    "block": (compat.blocks.MLP, nk.nn.blocks.MLP),
-}
+FACES = cases.FACES
 
 
 def call(model, *args, **kwargs):
@@ -880,8 +877,8 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize(("fields", "rngs"), PROGRAMS.values(), ids=PROGRAMS)
-def test_programs(fields, rngs):
-    """The text that XLA compiles: forward, gradient, with mutable collections, and init."""
+def test_lowered_text(fields, rngs):
+    """What XLA compiles: forward, gradient, with mutable collections, and init."""
     variables = jax.eval_shape(nk.models.MLP(**fields).init, KEY, X)
 
     def text(model):

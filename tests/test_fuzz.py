@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import netket as nk
 import numpy as np
+from comparison import assert_identical, outcome
 from flax import errors, traverse_util
 from flax import linen as nn
 from flax.core import freeze
@@ -33,11 +34,6 @@ PROFILE = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-
-FACES = {
-    "MLP": (compat.MLP, nk.models.MLP),
-    "block": (compat.blocks.MLP, nk.nn.blocks.MLP),
-}
 
 # Fields.
 
@@ -248,17 +244,6 @@ REFUSED = (
 )
 
 
-def outcome(function, *args):
-    """Returns what the function returns or raises, and what it is given if that is an error."""
-    for arg in args:
-        if isinstance(arg, Exception):
-            return arg
-    try:
-        return function(*args)
-    except Exception as error:
-        return error
-
-
 def is_refused(ours, theirs, fields):
     """Returns whether ours is a documented refusal."""
     if isinstance(ours, errors.ScopeParamShapeError):
@@ -266,17 +251,6 @@ def is_refused(ours, theirs, fields):
         asked_for = {fields.get("kernel_init"), fields.get("bias_init")}
         return wrong_shape in asked_for and type(theirs) is not type(ours)
     return any(type(ours) is kind and message in str(ours) for kind, message, _ in REFUSED)
-
-
-def assert_identical(ours, theirs):
-    """Asserts equal structures, shapes, dtypes and bits."""
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        if isinstance(a, str | jax.ShapeDtypeStruct):
-            assert a == b
-        else:
-            a, b = np.asarray(a), np.asarray(b)
-            assert (a.shape, a.dtype, a.tobytes()) == (b.shape, b.dtype, b.tobytes()), (a, b)
 
 
 def assert_same(ours, theirs, fields):
@@ -309,7 +283,7 @@ def test_flax_faces(cls, fields, lift, x, init, edit, which, apply, x64):
 
 
 def check_flax_face(cls, fields, lift, x, init, edit, which, apply):
-    our_cls, their_cls = FACES[cls]
+    our_cls, their_cls = cases.FACES[cls]
     ours = outcome(LIFTS[lift], our_cls, fields)
     theirs = outcome(LIFTS[lift], their_cls, for_netket(fields))
     key = jax.random.key(which)

@@ -13,10 +13,10 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
+from comparison import assert_identical, outcome, root_key
 from hypothesis import given
 from hypothesis import strategies as st
-from test_fuzz import PROFILE, assert_identical, outcome
+from test_fuzz import PROFILE
 
 import compat
 import haiku_mlp
@@ -226,19 +226,6 @@ TREES = st.recursive(
 KEYED = {"keyed parameter", "mlp"}  # with JAX initializers
 
 
-class Key(nn.Module):
-    """Shows the key that Flax gives to the root of a model."""
-
-    stream: str
-
-    def __call__(self):
-        return self.make_rng(self.stream)
-
-
-def root_key(stream):
-    return Key(stream).apply({}, rngs={stream: KEY})
-
-
 def describe(leaf):
     return leaf.shape, leaf.dtype
 
@@ -271,7 +258,7 @@ def test_haiku_tree(node, face, jit):
     net = hk.transform_with_state(lambda x: run(node, x) if face == "function" else Net(node)(x))
 
     variables = outcome(model.init, KEY, X)
-    plain = outcome(net.init, root_key("params"), X)
+    plain = outcome(net.init, root_key(KEY, "params"), X)
     clash = isinstance(variables, ValueError) and CLASH in str(variables)
     if clash and not isinstance(plain, Exception):
         # Haiku allows it, and Flax takes the tree that to_flax makes.
@@ -291,7 +278,7 @@ def test_haiku_tree(node, face, jit):
 
     maybe_jit = jax.jit if jit else lambda function: function
     ours = outcome(maybe_jit(apply), variables, KEY, X)
-    theirs = outcome(maybe_jit(net.apply), params, state, root_key("apply"), X)
+    theirs = outcome(maybe_jit(net.apply), params, state, root_key(KEY, "apply"), X)
     if both_raised(ours, theirs):
         return
     outputs, changed = ours

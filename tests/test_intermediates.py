@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparison import assert_identical
 from flax import errors
 from flax import linen as nn
-from tables.comparison import assert_identical
 from tables.haiku_programs import Net
 
 import compat

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparison import assert_close
 from jax.flatten_util import ravel_pytree
 
 import haiku_mlp
@@ -47,13 +48,6 @@ def kernel_of(jacobian):
     return kernel if kernel.ndim == 2 else kernel.swapaxes(1, 2)
 
 
-def assert_close(ours, expected, tolerance=1e-10):
-    ours, expected = np.asarray(ours), np.asarray(expected)
-    assert ours.shape == expected.shape
-    assert ours.dtype == expected.dtype
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=tolerance * np.max(np.abs(expected)))
-
-
 class TestMinSR:
     @pytest.mark.parametrize("jit", [False, True])
     @pytest.mark.parametrize("dtype", [float, complex])
@@ -69,7 +63,7 @@ class TestMinSR:
         weights = solve(kernel_of(jacobian), residuals, 1e-2, centered=centered)
         assert weights.shape == residuals.shape
         expected = parameter_space(jacobian, residuals, 1e-2, centered=centered)
-        assert_close(step_of(jacobian, weights), expected)
+        assert_close(step_of(jacobian, weights), expected, 1e-10)
 
     def test_centred_and_not_differ(self):
         jacobian, residuals = normal(7, 10), normal(7)
@@ -93,7 +87,7 @@ class TestMinSR:
         jacobian, residuals = normal(7, 10), normal(7)
         weights = min_sr(kernel_of(jacobian), residuals, 1e-2)
         shifted = min_sr(kernel_of(jacobian + normal(1, 10)), residuals + 3.0, 1e-2)
-        assert_close(shifted, weights)
+        assert_close(shifted, weights, 1e-10)
 
     def test_dtypes(self):
         kernel = np.eye(3, dtype=np.float32)
@@ -163,7 +157,7 @@ class TestMinSR:
             min_sr(kernel, residuals, 0.1, centered=False)
         ours = jax.jit(min_sr, static_argnames="centered")(kernel, residuals, 0.1, centered=False)
         inverse = np.array([1 / 0.85, 1 / 0.6, 1 / 0.35, 0])
-        assert_close(ours, (vectors * inverse) @ vectors.T @ residuals / 4)
+        assert_close(ours, (vectors * inverse) @ vectors.T @ residuals / 4, 1e-10)
 
     def test_rounding_is_no_negative_eigenvalue(self):
         # 40 samples of 3 parameters: 37 eigenvalues are zero up to rounding.
@@ -226,7 +220,7 @@ class TestNaturalGradient:
         )
         if name == "complex_to_real":
             expected = expected[: expected.size // 2] + 1j * expected[expected.size // 2 :]
-        assert_close(ravel_pytree(step)[0], expected)
+        assert_close(ravel_pytree(step)[0], expected, 1e-10)
 
     def test_jit(self, check_leaks):
         function, params, kernel, _ = network(hidden_dims=(3,))
@@ -241,7 +235,7 @@ class TestNaturalGradient:
         for a, b in zip(
             jax.tree.leaves(jax.jit(step)(params, params)), jax.tree.leaves(expected), strict=True
         ):
-            assert_close(a, b)
+            assert_close(a, b, 1e-10)
 
     def test_complex_function_of_real_parameters(self):
         def function(params):

@@ -7,9 +7,9 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import pytest
+from comparison import assert_identical, root_key
 from flax import traverse_util
 from flax.core import tracers
-from tables.comparison import assert_identical, root_key
 from tables.haiku_modules import MODULES
 from tables.haiku_programs import PROGRAMS
 
@@ -80,7 +80,7 @@ def with_gradient(apply):
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in DRAWING])
-def test_programs(name):
+def test_lowered_text(name):
     """Output, new state and gradient: XLA is given what plain Haiku gives it, to the letter."""
     model, net, x = faces(name)
     params, state = jax.eval_shape(net.init, KEY, x)

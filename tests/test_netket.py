@@ -9,8 +9,8 @@ import netket as nk
 import numpy as np
 import optax
 import pytest
+from comparison import assert_identical
 from flax import serialization, traverse_util
-from tables.comparison import assert_identical
 
 import compat
 import haiku_mlp

@@ -4,22 +4,14 @@ import cases
 import haiku as hk
 import jax
 import netket as nk
-import numpy as np
 import pytest
+from comparison import assert_identical
 
 import compat
 import haiku_mlp
 
 KEY = jax.random.key(7)
 X = cases.INPUTS["batch"]
-
-
-def assert_identical(ours, theirs):
-    """Asserts equal structure, dtypes, shapes and bits."""
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b, strict=True)
 
 
 @pytest.fixture(params=cases.GOOD)

@@ -18,9 +18,9 @@ HERE = pathlib.Path(__file__).parent
 @pytest.mark.parametrize(
     ("file", "environment", "number"),
     [
-        ("four_devices.py", {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, 12),
+        ("scripts/four_devices.py", {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, 12),
         pytest.param(
-            "four_devices_netket.py",
+            "scripts/four_devices_netket.py",
             {"NETKET_EXPERIMENTAL_SHARDING_CPU": "4"},
             1,
             marks=pytest.mark.slow,

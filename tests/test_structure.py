@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparison import assert_close, assert_identical
 from jax.flatten_util import ravel_pytree
 
 import compat
@@ -52,21 +53,6 @@ def normal(*shape, dtype=float, seed=0):
 
 def spins(*shape, seed=0):
     return 2 * jax.random.bernoulli(jax.random.key(seed), 0.5, shape).astype(jnp.int8) - 1
-
-
-def assert_close(ours, expected, tolerance):
-    """Asserts shape, dtype and a small error relative to the largest entry."""
-    assert ours.shape == expected.shape
-    assert ours.dtype == expected.dtype
-    scale = np.max(np.abs(expected), initial=0)
-    assert np.max(np.abs(ours - expected), initial=0) <= tolerance * scale
-    assert np.all(np.isfinite(ours))
-
-
-def assert_same_trees(ours, expected):
-    assert jax.tree.structure(ours) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(a, b, strict=True)
 
 
 def arguments(method, x):
@@ -613,10 +599,10 @@ class TestFaces:
         fields = cases.GOOD[name]
         args = arguments(method, self.x)
         haiku = network(fields).init(KEY, self.x)
-        assert_same_trees(network(fields, method).init(KEY, *args), haiku)
+        assert_identical(network(fields, method).init(KEY, *args), haiku)
         model = compat.MLP(**fields)
         init, method_init = jax.jit(model.init), functools.partial(model.init, method=method)
-        assert_same_trees(jax.jit(method_init)(KEY, *args), init(KEY, self.x))
+        assert_identical(jax.jit(method_init)(KEY, *args), init(KEY, self.x))
 
     @pytest.mark.parametrize("block", [False, True])
     def test_flax_face(self, name, method, block):
@@ -629,7 +615,7 @@ class TestFaces:
         expected = network(fields, method).apply(params, *args)
         for name_or_method in (method, getattr(type(model), method)):
             apply = jax.jit(functools.partial(model.apply, method=name_or_method))
-            assert_same_trees(apply(variables, *args), expected)
+            assert_identical(apply(variables, *args), expected)
 
 
 def flax_names(layer):
@@ -654,7 +640,7 @@ def test_methods_share_parameters():
     net = hk.without_apply_rng(hk.multi_transform(forward_and_methods))
     x = normal(5, 4)
     params = net.init(KEY, x)
-    assert_same_trees(params, network({"hidden_dims": (8, 5)}).init(KEY, x))
+    assert_identical(params, network({"hidden_dims": (8, 5)}).init(KEY, x))
     forward, tangent_kernel, connected, laplacian = net.apply
     assert tangent_kernel(params, x).shape == (5, 5)
     outputs = forward(params, x)

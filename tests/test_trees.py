@@ -9,10 +9,10 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
+from comparison import assert_identical, root_key
 from flax import linen as nn
 from flax import serialization, traverse_util
 from flax.core import freeze
-from tables.comparison import assert_identical, root_key
 from tables.haiku_modules import MODULES
 from tables.haiku_programs import PROGRAMS
 

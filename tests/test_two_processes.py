@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import worker
+from scripts import worker
 
 STEPS = 6
 TIME_LIMIT = 120  # seconds; ten times what a run takes

@@ -4,7 +4,7 @@ import importlib.metadata
 import pathlib
 import re
 
-import versions
+from scripts import versions
 
 
 def test_the_floors_are_what_is_tested():
@@ -19,7 +19,7 @@ def test_the_floors_are_what_is_tested():
 
 def test_the_tests_exist():
     tests = versions.TESTS + versions.LOWEST_TESTS
-    folder = pathlib.Path(versions.__file__).parent
+    folder = pathlib.Path(__file__).parent
     assert [name for name in tests if not (folder / name).exists()] == []
 
 

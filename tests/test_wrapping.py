@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparison import assert_identical, median_times, num_calls, root_key
 from flax import errors
 from flax import linen as nn
 from flax.core import FrozenDict
-from tables.comparison import assert_identical, median_times, num_calls, root_key
 from tables.haiku_programs import Counter, Net
 
 import compat

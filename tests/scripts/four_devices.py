@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import worker
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
+from scripts import worker
 
 import compat
 import haiku_mlp

@@ -1,7 +1,7 @@
 """Tests the supported versions, each in a new environment made from setup.cfg.
 
-    python tests/versions.py            # all
-    python tests/versions.py 3.13       # one of them
+    python tests/scripts/versions.py            # all
+    python tests/scripts/versions.py 3.13       # one of them
 
 The lowest Python with the lowest version of each requirement, and the newest versions
 that resolve with each newer Python that the machine has.  Warnings from this project's
@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 NEWER_PYTHONS = ("3.12", "3.13")
 TIME_LIMIT = 600  # seconds, for an installation and for a test run
 

@@ -1,4 +1,4 @@
-"""What two calls give, compared to the bit."""
+"""What two calls give, compared: values, exceptions, Python calls, times."""
 
 import gc
 import statistics
@@ -14,7 +14,10 @@ from flax import linen as nn
 
 
 def outcome(function: Callable[..., Any], *args: Any) -> Any:
-    """Returns what the function returns, or the exception that it raises."""
+    """Returns what the function returns or raises, or an exception that it is given."""
+    for arg in args:
+        if isinstance(arg, Exception):
+            return arg
     try:
         return function(*args)
     except Exception as error:
@@ -41,6 +44,20 @@ def assert_identical(ours: Any, theirs: Any) -> None:
         if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
             a, b = jax.random.key_data(a), jax.random.key_data(b)
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def assert_close(ours: Any, expected: Any, tolerance: float) -> None:
+    """Asserts equal structures, shapes and dtypes, and a small error beside the largest entry."""
+    assert jax.tree.structure(ours) == jax.tree.structure(expected)
+    pairs = [
+        (np.asarray(a), np.asarray(b))
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True)
+    ]
+    scale = max((np.max(np.abs(b), initial=0) for _, b in pairs), default=0)
+    for a, b in pairs:
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert np.max(np.abs(a - b), initial=0) <= tolerance * scale
+        assert np.all(np.isfinite(a))
 
 
 class _Key(nn.Module):
