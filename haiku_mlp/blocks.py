@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from haiku_mlp import arguments, structure
 from haiku_mlp.arguments import Activation, Activations, Arguments
 from haiku_mlp.initializers import Initializer, default_bias_init, default_kernel_init
-from haiku_mlp.linear import Linear
+from haiku_mlp.linear import Linear, common_dtype
 
 
 class MLP(hk.Module):
@@ -110,7 +110,8 @@ class MLP(hk.Module):
           y: Inputs ``(B', N)``; None: ``x``.
           chunk_size: Rows of the kernel computed at a time; None: all.
         """
-        return structure.tangent_kernel(_as_structure(self, x), x, y, chunk_size=chunk_size)
+        layers = _as_structure(self, x, differentiable=True)
+        return structure.tangent_kernel(layers, x, y, chunk_size=chunk_size)
 
     @hk.name_like("__call__")
     def connected(self, x: jax.Array, sites: jax.Array, values: jax.Array) -> jax.Array:
@@ -138,7 +139,7 @@ class MLP(hk.Module):
           ``value (..., output_dim)``, ``gradient (..., output_dim, N)`` and
           ``laplacian (..., output_dim)``.
         """
-        return structure.laplacian(_as_structure(self, x), x)
+        return structure.laplacian(_as_structure(self, x, differentiable=True), x)
 
 
 def _layers(block: MLP, input_size: int) -> list[tuple[Linear, Activation | None]]:
@@ -162,15 +163,51 @@ def _layers(block: MLP, input_size: int) -> list[tuple[Linear, Activation | None
     return list(zip(layers, (*hidden_activations, given.output_activation), strict=True))
 
 
-def _as_structure(block: MLP, x: jax.Array) -> tuple[structure.Layer, ...]:
-    """Returns the layers with their parameters, those that the forward call of ``x`` uses."""
+def _as_structure(
+    block: MLP, x: jax.Array, differentiable: bool = False
+) -> tuple[structure.Layer, ...]:
+    """Returns the layers with their parameters, those that the forward call of ``x`` uses.
+
+    Integers and booleans, which have no derivatives, become numbers that do where asked for.
+    """
+    if hk.running_init():
+        block(x)  # makes those of the activations too, outside of what is traced below
     layers: list[structure.Layer] = []
-    h = jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+    h = jax.ShapeDtypeStruct(jnp.shape(x)[-1:], jnp.result_type(x))
     for linear, activation in _layers(block, h.shape[-1]):
-        layer = structure.Layer(*linear.parameters(h.shape[-1]), activation, linear.precision)
+        layer = structure.Layer(*linear.parameters(h.shape[-1]), None, linear.precision)
+        z = jax.eval_shape(layer.affine, h)
+        if callable(activation):
+            layer = layer._replace(activation=_without_parameters(activation, z))
+        h = jax.eval_shape(layer.activate, z)
+        if differentiable and not jnp.issubdtype(h.dtype, jnp.inexact):
+            layer = layer._replace(activation=_cast(layer.activate, common_dtype(h, layer.w)))
         layers.append(layer)
-        h = jax.eval_shape(lambda h, layer=layer: structure.forward((layer,), h), h)
     return tuple(layers)
+
+
+def _cast(activation: Activation, dtype: Any) -> Activation:
+    return lambda z: activation(z).astype(dtype)
+
+
+def _without_parameters(activation: Activation, z: jax.ShapeDtypeStruct) -> Activation:
+    """Returns ``activation`` as a function of arrays alone, for ``(..., n)`` from ``z (n,)``.
+
+    It runs once, in the order of the forward call: a module that it makes gets the same
+    name there and here, and another one at each further run.
+    """
+    read: list[str] = []
+
+    def note(next_getter: Any, value: jax.Array, context: hk.GetterContext) -> jax.Array:
+        read.append(context.full_name)
+        return next_getter(value)
+
+    with hk.custom_getter(note):
+        # A new function, since JAX keeps what it traced for one that it knows.
+        of_one, parameters = jax.closure_convert(lambda z: activation(z), z)
+    if not read:
+        return activation
+    return jnp.vectorize(lambda z: of_one(z, *parameters), signature="(n)->(m)")
 
 
 def _hidden_sizes(given: Arguments, input_size: int) -> tuple[int, ...]:

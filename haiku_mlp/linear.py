@@ -100,8 +100,17 @@ def promote(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Casts all to their common inexact dtype."""
     arrays = [jnp.asarray(x) for x in (inputs, w, b) if x is not None]
-    dtype = jnp.result_type(*arrays)
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        dtype = jnp.promote_types(jnp.float32, dtype)
+    dtype = common_dtype(*arrays)
     inputs, w, *bias = (jnp.asarray(x, dtype) for x in arrays)
     return inputs, w, bias[0] if bias else None
+
+
+def common_dtype(*arrays: Any) -> Any:
+    """Returns the inexact dtype to which arrays or dtypes are promoted.
+
+    Promotion is what is asked for here, so it happens where a user forbids the silent one
+    (``jax_numpy_dtype_promotion="strict"``).
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.result_type(*arrays)
+        return dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.promote_types(dtype, "float32")
