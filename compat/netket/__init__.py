@@ -6,3 +6,4 @@ it: ``from compat.netket import MinSR``.
 
 from .min_sr import MinSR as MinSR
 from .min_sr import natural_gradient as natural_gradient
+from .sampler import structured as structured

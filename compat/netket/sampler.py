@@ -1,0 +1,238 @@
+"""NetKet's Metropolis sampler with the first layer of the MLP carried along."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import netket as nk
+from jax import lax
+from netket.jax.sharding import sharding_decorator
+from netket.utils import struct
+
+from haiku_mlp.structure import Layer, changes, forward
+
+from .layers import layers
+from .proposals import Move, Proposals, proposals
+
+# How many times the error at the start of a sweep is in doubt.
+_MARGIN = 16
+
+
+def structured(sampler: Any, *, screened: bool = False) -> Any:
+    """Returns a sampler of the same chain that spends less time on a :class:`compat.MLP`.
+
+    A proposal changes few sites, and so the first layer by few rows of its weights: the
+    first layer is carried along within a sweep in place of being evaluated for each
+    proposal.  Configurations, acceptance and random state are those of ``sampler`` from the
+    same seed; log-probabilities agree up to rounding.
+
+    It gains for ``LocalRule``, ``ExchangeRule`` and ``FermionHopRule`` (and for
+    ``MultipleRules``, ``TensorRule`` and ``HamiltonianRule`` up to 2 sites), in proportion to
+    the first layer's share of the network.  NetKet's own path runs, with the same result,
+    for other rules and models, for activations that own parameters, 16-bit models, and a
+    sampler with a ``chunk_size``.
+
+    Decisions in 32 bits differ where rounding decides.  A model of 32 bits is therefore
+    decided again by the full network wherever the logarithm of the acceptance is closer to
+    that of the random number than 16 times the error measured at the start of the sweep.
+
+    Args:
+      sampler: A sampler of NetKet: ``MetropolisLocal(...)``, ``MetropolisExchange(...)``.
+        One that is no plain ``MetropolisSampler`` (tempering, exact samplers) is returned
+        as it is.
+      screened: Whether to decide a model of 64 bits in 32 bits first, and in doubt, by the
+        same measure, in 64 bits.  The margin is a heuristic: the chain was NetKet's in all
+        tests, but no bound is proved.
+
+    Raises:
+      TypeError: ``sampler`` is no sampler.
+
+    Source: `MetropolisSampler of NetKet
+    <https://netket.readthedocs.io/en/latest/api/_generated/sampler/netket.sampler.MetropolisSampler.html>`_.
+
+    Example::
+
+      >>> import netket as nk
+      >>> import compat
+      >>> from compat.netket import structured
+      >>> hilbert = nk.hilbert.Spin(0.5, 8)
+      >>> sampler = nk.sampler.MetropolisLocal(hilbert)
+      >>> model = compat.MLP(hidden_dims=(8,))
+      >>> stock = nk.vqs.MCState(sampler, model, n_samples=64, seed=1)
+      >>> state = nk.vqs.MCState(structured(sampler), model, n_samples=64, seed=1)
+      >>> bool((state.samples == stock.samples).all())
+      True
+    """
+    if not isinstance(sampler, nk.sampler.Sampler):
+        raise TypeError(
+            f"sampler must be a sampler of NetKet, got {sampler!r}: give for instance "
+            "netket.sampler.MetropolisLocal(hilbert)"
+        )
+    if type(sampler) not in (nk.sampler.MetropolisSampler, StructuredMetropolis):
+        return sampler
+    made = StructuredMetropolis(
+        sampler.hilbert,
+        sampler.rule,
+        sweep_size=sampler.sweep_size,
+        reset_chains=sampler.reset_chains,
+        n_chains=sampler.n_chains,
+        machine_pow=sampler.machine_pow,
+        dtype=sampler.dtype,
+        screened=screened,
+    )
+    return made.replace(chunk_size=sampler.chunk_size)  # which the constructor drops
+
+
+class StructuredMetropolis(nk.sampler.MetropolisSampler):
+    """``netket.sampler.MetropolisSampler`` with a sweep of its own: see :func:`structured`."""
+
+    screened: bool = struct.field(pytree_node=False, default=False)
+    """Whether proposals are decided in 32 bits where that is clear."""
+
+    def __init__(self, *args: Any, screened: bool = False, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.screened = bool(screened)
+
+    # NetKet asks subclasses to override this and not sample_next.
+    def _sample_next(self, machine: Any, parameters: Any, state: Any) -> Any:
+        network = layers(machine, parameters)
+        rng, move_keys, uniform_keys = _keys(state.rng, self.sweep_size)
+        moves = None
+        if network is not None and self.chunk_size is None and _bits(network, state.σ) >= 32:
+            moves = proposals(self, machine, parameters, state, move_keys)
+        if network is None or moves is None:
+            return super()._sample_next(machine, parameters, state)
+        num_chains = len(state.σ)
+        draw = jax.vmap(lambda key: jax.random.uniform(key, (num_chains,)), out_axes=1)
+        # Chains never meet: each device sweeps its own without a word to the others.
+        run = _sweep(network, moves, screened=self.screened or _bits(network, state.σ) == 32)
+        if moves.by_chain:
+            run = sharding_decorator(run, (False,) * 3 + (True,) * 6, (False,) * 3)
+        σ, log_prob, num_accepted = run(
+            [(layer.w, layer.b) for layer in network],
+            moves.constants,
+            self.machine_pow,
+            state.σ,
+            state.log_prob,
+            state.n_accepted_proc,
+            moves.notes,
+            moves.draws,
+            draw(uniform_keys),
+        )
+        state = state.replace(
+            σ=σ,
+            log_prob=log_prob,
+            rng=rng,
+            n_accepted_proc=num_accepted,
+            n_steps_proc=state.n_steps_proc + self.sweep_size * num_chains,
+        )
+        return state, (σ, log_prob)
+
+
+def _bits(network: tuple[Layer, ...], σ: jax.Array) -> int:
+    """Returns the precision of the first layer; 0 for one layer, which has nothing to save."""
+    dtype = jnp.result_type(σ, network[0].w)
+    if len(network) == 1 or not jnp.issubdtype(dtype, jnp.inexact):
+        return 0
+    return jnp.finfo(dtype).bits
+
+
+def _keys(rng: jax.Array, sweep_size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns what NetKet's loop draws its numbers with: the last state, two keys a step."""
+
+    def split(rng: jax.Array, _: None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        rng, move_key, uniform_key = jax.random.split(rng, 3)
+        return rng, (move_key, uniform_key)
+
+    rng, (move_keys, uniform_keys) = lax.scan(split, rng, None, length=sweep_size)
+    return rng, move_keys, uniform_keys
+
+
+def _sweep(network: tuple[Layer, ...], moves: Proposals, *, screened: bool) -> Any:
+    """Returns the sweep as a function of arrays alone, which a device has its part of."""
+
+    def sweep(
+        weights: Any,
+        constants: Any,
+        machine_pow: jax.Array,
+        σ: jax.Array,
+        log_prob: jax.Array,
+        num_accepted: jax.Array,
+        notes: Any,
+        draws: Any,
+        uniforms: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        full = tuple(
+            layer._replace(w=w, b=b) for layer, (w, b) in zip(network, weights, strict=True)
+        )
+        first, *rest = map(_single, full) if screened else full
+
+        def affine(σ: jax.Array) -> jax.Array:
+            return first.affine(σ.astype(first.w.real.dtype) if screened else σ)
+
+        def follow(z: jax.Array) -> jax.Array:
+            return machine_pow * forward(tuple(rest), first.activate(z))[:, 0].real
+
+        def evaluate(σ: jax.Array) -> jax.Array:
+            return machine_pow * forward(full, σ)[:, 0].real
+
+        def accepts(
+            move: Move, σ: jax.Array, difference: jax.Array, uniform: jax.Array
+        ) -> jax.Array:
+            def below(difference: jax.Array) -> jax.Array:
+                correction = 0 if move.correction is None else move.correction
+                return uniform < jnp.exp(difference + correction)
+
+            if not screened:
+                return below(difference)
+            logarithm = jnp.log(uniform) - (0 if move.correction is None else move.correction)
+            return lax.cond(
+                jnp.all(jnp.abs(difference - logarithm) > margin),
+                lambda: below(difference),
+                lambda: below(evaluate(move.proposed) - evaluate(σ)),
+            )
+
+        def step(carry: Any, numbers: Any) -> tuple[Any, None]:
+            σ, notes, z, log_prob, num_accepted = carry
+            draw, uniform = numbers
+            move = moves.propose(constants, σ, notes, draw)
+            moved = changes.shift(first, z, move.sites, move.changes)
+            if move.is_complete is not None:
+                moved = lax.cond(move.is_complete, lambda: moved, lambda: affine(move.proposed))
+            proposed = follow(moved)
+            accept = accepts(move, σ, proposed - log_prob, uniform)
+
+            def choose(new: jax.Array, old: jax.Array) -> jax.Array:
+                return jnp.where(jnp.expand_dims(accept, range(1, new.ndim)), new, old)
+
+            new = (move.proposed, move.notes, moved, proposed)
+            old = (σ, notes, z, log_prob)
+            return (*jax.tree.map(choose, new, old), num_accepted + accept), None
+
+        z = affine(σ)
+        start = log_prob
+        if screened:
+            start = follow(z)
+            margin = _MARGIN * _error(tuple(rest), first.activate(z), start, log_prob, machine_pow)
+        by_step = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), draws) if moves.by_chain else draws
+        carry = (σ, notes, z, start, num_accepted)
+        (σ, _, _, log_prob, num_accepted), _ = lax.scan(step, carry, (by_step, uniforms.T))
+        return σ, evaluate(σ) if screened else log_prob, num_accepted
+
+    return sweep
+
+
+def _single(layer: Layer) -> Layer:
+    """Returns the layer in 32 bits."""
+    dtype = jnp.complex64 if jnp.iscomplexobj(layer.w) else jnp.float32
+    b = None if layer.b is None else layer.b.astype(dtype)
+    return layer._replace(w=layer.w.astype(dtype), b=b)
+
+
+def _error(
+    rest: tuple[Layer, ...], h: jax.Array, single: jax.Array, full: jax.Array, power: jax.Array
+) -> jax.Array:
+    """Returns how far a log-probability in 32 bits is off: measured, and at least a rounding."""
+    terms = jnp.abs(forward(rest[:-1], h)) @ jnp.abs(rest[-1].w)
+    rounding = jnp.finfo(jnp.float32).eps * jnp.max(power * terms)
+    return jnp.max(jnp.abs(single - full)) + rounding

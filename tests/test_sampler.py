@@ -1,0 +1,201 @@
+"""The structured sampler against NetKet's own: the same chain, sample for sample."""
+
+import pickle
+
+import flax
+import jax
+import jax.numpy as jnp
+import netket as nk
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import compat
+from compat.netket import structured
+
+rules = nk.sampler.rules
+CHAIN, HALF_CHAIN = nk.graph.Chain(6), nk.graph.Chain(3)
+SPINS, ZERO = nk.hilbert.Spin(0.5, 6), nk.hilbert.Spin(0.5, 6, total_sz=0)
+FERMIONS = nk.hilbert.SpinOrbitalFermions(3, s=0.5, n_fermions_per_spin=(1, 2))
+EXCHANGE = rules.ExchangeRule(graph=CHAIN)
+
+# name: (Hilbert space, rule)
+RULES = {
+    "local": (SPINS, rules.LocalRule()),
+    "qubits": (nk.hilbert.Qubit(6), rules.LocalRule()),
+    "spin_one": (nk.hilbert.Spin(1, 6), rules.LocalRule()),
+    "fock": (nk.hilbert.Fock(3, 6), rules.LocalRule()),
+    "constrained": (ZERO, rules.LocalRule()),
+    "exchange": (ZERO, EXCHANGE),
+    "weighted_exchange": (
+        ZERO,
+        rules.ExchangeRule(graph=CHAIN, d_max=2, probabilities=[0.7, 0.3]),
+    ),
+    "fermions": (FERMIONS, rules.FermionHopRule(FERMIONS, graph=HALF_CHAIN)),
+    "hamiltonian": (SPINS, rules.HamiltonianRule(nk.operator.IsingJax(SPINS, CHAIN, h=1.0))),
+    "multiple": (ZERO, rules.MultipleRules([EXCHANGE, rules.LocalRule()], [0.5, 0.5])),
+    "many_changes": (
+        SPINS,
+        rules.MultipleRules(
+            [
+                rules.HamiltonianRule(
+                    nk.operator.PauliStringsJax(SPINS, ["XXXXII", "IIIIIX"], [1.0, 1.0])
+                ),
+                rules.LocalRule(),
+            ],
+            [0.5, 0.5],
+        ),
+    ),
+    "unknown": (SPINS, rules.MultipleRules([rules.LocalRule()], [1.0])),
+}
+MODELS = {
+    "real": {"hidden_dims": (5, 4)},
+    "complex": {"hidden_dims": (5,), "param_dtype": complex, "hidden_activations": jnp.tanh},
+    "single": {"hidden_dims": (5,), "param_dtype": jnp.float32},
+    "linear": {},
+    "half": {"hidden_dims": (5,), "param_dtype": jnp.bfloat16},
+    "trainable": {"hidden_dims": (5,), "hidden_activations": nn.PReLU()},
+}
+
+
+@pytest.fixture(autouse=True)
+def netkets_operators_promote_ranks():
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def chain(sampler, model, variables, length=5):
+    state = sampler.reset(model, variables, sampler.init_state(model, variables, seed=1))
+    return sampler.sample(
+        model, variables, state=state, chain_length=length, return_log_probabilities=True
+    )
+
+
+def assert_same_chain(sampler, model, **options):
+    size = sampler.hilbert.size
+    variables = model.init(jax.random.key(0), jnp.ones((1, size)))
+    variables = jax.tree.map(lambda a: 2 * a, variables)  # far from accepting all
+    (x, log_prob), state = chain(sampler, model, variables)
+    (ours, ours_log_prob), our_state = chain(structured(sampler, **options), model, variables)
+    np.testing.assert_array_equal(ours, x)
+    assert ours.dtype == x.dtype
+    assert ours_log_prob.dtype == log_prob.dtype
+    np.testing.assert_allclose(
+        ours_log_prob, log_prob, rtol=0, atol=100 * float(jnp.finfo(log_prob.dtype).eps)
+    )
+    np.testing.assert_array_equal(our_state.n_accepted_proc, state.n_accepted_proc)
+    assert our_state.n_steps == state.n_steps
+    assert jax.random.key_data(our_state.rng).tolist() == jax.random.key_data(state.rng).tolist()
+    assert 0 < state.n_accepted < state.n_steps
+
+
+@pytest.mark.parametrize(
+    ("name", "screened"),
+    [*((name, False) for name in RULES), ("fock", True), ("exchange", True), ("multiple", True)],
+)
+def test_rules(name, screened):
+    hilbert, rule = RULES[name]
+    sampler = nk.sampler.MetropolisSampler(hilbert, rule, n_chains=4)
+    assert_same_chain(sampler, compat.MLP(**MODELS["real"]), screened=screened)
+
+
+@pytest.mark.parametrize(
+    ("name", "screened"),
+    [*((name, False) for name in MODELS if name != "real"), ("complex", True), ("half", True)],
+)
+def test_models(name, screened):
+    sampler = nk.sampler.MetropolisLocal(SPINS, n_chains=4)
+    assert_same_chain(sampler, compat.MLP(**MODELS[name]), screened=screened)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": float},
+        {"dtype": jnp.float32},
+        {"machine_pow": 1.5},
+        {"sweep_size": 3},
+        {"reset_chains": True},
+    ],
+    ids=str,
+)
+def test_options_of_the_sampler(options):
+    sampler = nk.sampler.MetropolisLocal(SPINS, n_chains=4, **options)
+    assert_same_chain(sampler, compat.MLP(**MODELS["real"]))
+
+
+def test_other_models_take_netkets_path():
+    assert_same_chain(
+        nk.sampler.MetropolisLocal(SPINS, n_chains=4), nk.models.MLP(hidden_dims=(5,))
+    )
+
+
+def test_chunked_sampler_takes_netkets_path():
+    sampler = nk.sampler.MetropolisLocal(SPINS, n_chains=4).replace(chunk_size=2)
+    assert structured(sampler).chunk_size == 2
+    assert_same_chain(sampler, compat.MLP(**MODELS["real"]))
+
+
+def test_no_product_with_the_first_layer_inside_the_sweep():
+    sampler = structured(nk.sampler.MetropolisLocal(SPINS, n_chains=4))
+    model = compat.MLP(hidden_dims=(5,))
+    variables = model.init(jax.random.key(0), jnp.ones((1, 6)))
+    state = sampler.init_state(model, variables, seed=1)
+    text = str(jax.make_jaxpr(lambda s: sampler.sample_next(model, variables, s))(state))
+    # One before the sweep, and one of the output layer within.
+    assert text.count("dot_general") == 2
+
+
+def test_samplers_that_are_not_metropolis_come_back():
+    exact = nk.sampler.ExactSampler(SPINS)
+    assert structured(exact) is exact
+    tempering = nk.sampler.ParallelTemperingLocal(SPINS, n_replicas=2, n_chains=4)
+    assert structured(tempering) is tempering
+    with pytest.raises(TypeError, match="sampler must be a sampler of NetKet, got 'local'"):
+        structured("local")
+
+
+def test_structured_again_changes_the_screening_alone():
+    sampler = structured(nk.sampler.MetropolisLocal(SPINS, n_chains=4))
+    again = structured(sampler, screened=True)
+    assert (sampler.screened, again.screened) == (False, True)
+    assert jax.tree.structure(structured(again)) == jax.tree.structure(sampler)
+
+
+class TestState:
+    stock = nk.sampler.MetropolisLocal(SPINS, n_chains=4)
+    model = compat.MLP(hidden_dims=(5,))
+
+    def state(self, sampler):
+        return nk.vqs.MCState(sampler, self.model, n_samples=16, seed=1)
+
+    def test_samples_like_stock_across_resets(self):
+        ours, stock = self.state(structured(self.stock)), self.state(self.stock)
+        for _ in range(2):
+            np.testing.assert_array_equal(ours.samples, stock.samples)
+            assert ours.sampler_state.acceptance == stock.sampler_state.acceptance
+            ours.reset()
+            stock.reset()
+
+    @pytest.mark.parametrize("ours_first", [False, True])
+    def test_checkpoints_cross(self, ours_first):
+        samplers = [self.stock, structured(self.stock)]
+        first, second = map(self.state, samplers[::-1] if ours_first else samplers)
+        first.sample()
+        second = flax.serialization.from_bytes(second, flax.serialization.to_bytes(first))
+        np.testing.assert_array_equal(second.samples, first.samples)
+
+    def test_pickle(self):
+        sampler = structured(self.stock, screened=True)
+        copied = pickle.loads(pickle.dumps(sampler))
+        structure = jax.tree.structure(sampler)
+        assert jax.tree.structure(copied) == structure
+        assert hash(jax.tree.structure(copied)) == hash(structure)
+
+    def test_energy_of_a_chunked_state(self):
+        hamiltonian = nk.operator.IsingJax(SPINS, CHAIN, h=1.0)
+        ours, stock = self.state(structured(self.stock)), self.state(self.stock)
+        ours.chunk_size = stock.chunk_size = 8
+        np.testing.assert_allclose(
+            ours.expect(hamiltonian).mean, stock.expect(hamiltonian).mean, rtol=1e-12
+        )
