@@ -4,6 +4,7 @@ The only package that imports NetKet, which turns x64 on.  ``import compat`` doe
 it: ``from compat.netket import MinSR``.
 """
 
+from .kinetic_energy import KineticEnergy as KineticEnergy
 from .min_sr import MinSR as MinSR
 from .min_sr import natural_gradient as natural_gradient
 from .sampler import structured as structured

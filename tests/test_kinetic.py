@@ -1,0 +1,68 @@
+"""The kinetic energy by the forward Laplacian against NetKet's."""
+
+import jax
+import jax.numpy as jnp
+import netket as nk
+import netket.experimental as nkx
+import numpy as np
+import pytest
+
+import compat
+from compat.netket import KineticEnergy
+
+SPACE = nkx.hilbert.Particle(N=2, geometry=nkx.geometry.FreeSpace(d=2))
+MODELS = {
+    "mlp": compat.MLP(hidden_dims=(5, 3), hidden_activations=jnp.tanh),
+    "netket": nk.models.MLP(hidden_dims=(5,), hidden_activations=jnp.tanh),
+}
+
+
+@pytest.fixture(autouse=True)
+def netket_promotes_ranks():
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def state_of(model, **options):
+    sampler = nk.sampler.MetropolisGaussian(SPACE, sigma=0.5, n_chains=4, sweep_size=2)
+    return nk.vqs.MCState(sampler, model, n_samples=8, n_discard_per_chain=0, seed=1, **options)
+
+
+def assert_same(state, ours, stock):
+    (energy, gradient), (expected, expected_gradient) = map(state.expect_and_grad, (ours, stock))
+    np.testing.assert_allclose(energy.mean, expected.mean, rtol=1e-10)
+    np.testing.assert_allclose(energy.variance, expected.variance, rtol=1e-10)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("mass", [2.0, [1.0, 2.0, 3.0, 4.0]], ids=["equal", "unequal"])
+def test_equals_netkets(name, mass):
+    assert_same(
+        state_of(MODELS[name]), KineticEnergy(SPACE, mass), nk.operator.KineticEnergy(SPACE, mass)
+    )
+
+
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_in_a_sum_with_a_potential(chunk_size):
+    potential = nk.operator.PotentialEnergy(SPACE, lambda x: 0.5 * jnp.sum(x**2))
+    assert_same(
+        state_of(MODELS["mlp"], chunk_size=chunk_size),
+        KineticEnergy(SPACE, 1.0) + potential,
+        nk.operator.KineticEnergy(SPACE, 1.0) + potential,
+    )
+
+
+def test_takes_the_laplacian_of_the_model():
+    class Psi(compat.MLP):
+        def laplacian(self, x):
+            return jnp.zeros(len(x)), jnp.zeros_like(x), jnp.full(len(x), -2.0)
+
+    state = state_of(Psi(hidden_dims=(5,)))
+    assert state.expect(KineticEnergy(SPACE, 0.5)).mean == 2.0
+
+
+def test_equal_operators_are_equal():
+    assert KineticEnergy(SPACE, 1.0) == KineticEnergy(SPACE, 1.0)
+    assert hash(KineticEnergy(SPACE, 1.0)) == hash(KineticEnergy(SPACE, 1.0))
