@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import netket as nk
 
+from haiku_mlp.structure.changes import count, last
+
 from ..flax_adapter import MLP
 
 
@@ -37,7 +39,7 @@ def local_energies(state: nk.vqs.MCState, hamiltonian: Any) -> jax.Array:
 def _num_changes(hamiltonian: Any, samples: jax.Array) -> jax.Array:
     """Returns in how many sites a sample and one connected to it differ at most."""
     connected, _ = hamiltonian.get_conn_padded(samples)
-    return jnp.max(jnp.sum(connected != samples[:, None], -1), initial=0)
+    return jnp.max(count(connected != samples[:, None]), initial=0)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "num_changes"))
@@ -50,7 +52,7 @@ def _connected_energies(
     changed = connected != present
     sites, values = [], []
     for _ in range(num_changes):
-        site = jnp.argmax(changed, -1, keepdims=True)  # 0 where no change is left
+        site = jnp.maximum(last(changed) - 1, 0)[..., None]  # 0 where no change is left
         is_change, new, old = (
             jnp.take_along_axis(array, site, -1) for array in (changed, connected, present)
         )

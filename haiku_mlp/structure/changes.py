@@ -49,7 +49,7 @@ def differences(
     places = jnp.arange(x.shape[-1], dtype=jnp.int32).reshape(1, -1)
     sites, changes = [], []
     for k in range(max_changes):
-        place = _last(changed)
+        place = last(changed)
         site = jnp.maximum(place - 1, 0)
         old, new = (entry(values, site).astype(dtype) for values in (x, y))
         sites.append(site)
@@ -75,13 +75,13 @@ def shift(
     return z
 
 
-def _last(mask: jax.Array) -> jax.Array:
+def last(mask: jax.Array) -> jax.Array:
     """Returns the place of the last true entry, from 1; 0 if there is none."""
-    last = jnp.zeros(mask.shape[:-1], jnp.int32)
+    found = jnp.zeros(mask.shape[:-1], jnp.int32)
     for at in range(0, mask.shape[-1], _GROUP):
         part = mask[..., at : at + _GROUP]
         places = jnp.arange(1, part.shape[-1] + 1, dtype=jnp.uint8)
         places = places.reshape((1,) * (part.ndim - 1) + (-1,))
         place = jnp.max(jnp.where(part, places, jnp.uint8(0)), -1).astype(jnp.int32)
-        last = jnp.where(place > 0, place + at, last)
-    return last
+        found = jnp.where(place > 0, place + at, found)
+    return found
