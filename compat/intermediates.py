@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from .mirror.calls import watcher
 from .mirror.run import running
 
 
@@ -40,7 +41,7 @@ def perturb(name: str, value: Any, collection: str = "perturbations") -> Any:
       >>> jax.grad(model.apply)(variables, jnp.ones(2))["perturbations"]["square"].tolist()
       [3.0, 3.0]
     """
-    mirror = running()
+    mirror = running() or watcher()
     if mirror is None:
         return value
     return mirror.module(hk.current_name()).perturb(name, value, collection)
@@ -69,7 +70,7 @@ def sow(collection: str, name: str, value: Any) -> bool:
       >>> [float(mean) for mean in variables["intermediates"]["mean"]]
       [1.0]
     """
-    mirror = running()
+    mirror = running() or watcher()
     if mirror is None:
         return False
     return mirror.module(hk.current_name()).sow(collection, name, value)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import haiku as hk
+from flax import nnx
 from flax.linen import module as flax_module
 from haiku._src import base as haiku_base
 
@@ -61,6 +62,15 @@ def is_flax_watching() -> bool:
     capturing = bool(context.capture_stack and context.capture_stack[-1])
     watchers = flax_module._global_interceptor_stack or context.call_info_stack
     return capturing or bool(watchers)
+
+
+def is_capturing(module: nnx.Module) -> bool:
+    """Returns whether ``nnx.capture`` is looking at an NNX module.
+
+    ``sow`` and ``perturb`` are deprecated elsewhere, and would change the module.  Flax
+    keeps what it captures in an attribute; before ``nnx.capture`` there was nothing else.
+    """
+    return hasattr(module, "__captures__") or not hasattr(nnx, "capture")
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ TESTS = (
     "test_bad_input.py",
     "test_checkpoints.py",
     "test_threads.py",
+    "test_nnx.py",
 )
 LOWEST_TESTS = ("test_precision.py", "test_fuzz_haiku.py", "test_intermediates.py")
 NEEDED = ("cloudpickle", "hypothesis", "netket", "orbax", "pytest", "safetensors")

@@ -1,0 +1,136 @@
+"""The calls of Haiku modules: which of them a framework sees, and how it passes them on."""
+
+import contextlib
+import contextvars
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import haiku as hk
+from flax import linen as nn
+from flax.core import tracers
+
+from .caching import per_class
+from .private import haiku_context
+
+Call = Callable[..., Any]
+
+
+class Watcher(Protocol):
+    """A framework's side of one run of Haiku code."""
+
+    def send(self, module: hk.Module, method: str, go_on: Call) -> Call:
+        """Returns what runs in place of a call; ``go_on`` makes it, as often as wanted."""
+
+    def module(self, module_name: str) -> Any:
+        """Returns the framework's module that stands for a Haiku module."""
+
+
+_running: contextvars.ContextVar["Calls"] = contextvars.ContextVar("calls")
+
+
+def watcher() -> Any:
+    """Returns the watcher of the Haiku code that calls, or None where none sees it."""
+    calls = _running.get(None)
+    return calls.watcher if calls is not None and calls.place.is_here() else None
+
+
+class Place:
+    """The trace and the Haiku transform in which code was started."""
+
+    def __init__(self) -> None:
+        self._trace = tracers.current_trace()
+        self._context = haiku_context()
+
+    def is_same_transform(self) -> bool:
+        """Returns whether this transform runs now; it gives the modules their names."""
+        return haiku_context() is self._context
+
+    def is_here(self) -> bool:
+        """Returns whether this transform runs now, in the trace of its start."""
+        return tracers.current_trace() == self._trace and self.is_same_transform()
+
+
+class Calls:
+    """The calls of one run of Haiku code, sent through a watcher.
+
+    Only in the trace and the transform of the start: inside ``hk.scan``, ``hk.vmap``,
+    ``hk.remat`` and the like the code runs as plain Haiku, so that no tracer gets out.
+    """
+
+    def __init__(self, watcher: Watcher):
+        self.watcher = watcher
+        self.classes: dict[str, type[hk.Module]] = {}
+        self._passing: tuple[hk.Module, str] | None = None
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Returns the context of the run; it is entered where the Haiku code starts."""
+        self.place = Place()
+        token = _running.set(self)
+        try:
+            with hk.intercept_methods(self._intercept):
+                yield
+        finally:
+            _running.reset(token)
+
+    def unsent(self, module: hk.Module, method: str) -> Call:
+        """Returns the method such that the call itself is not sent; those inside of it are."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._passing = module, method
+            return getattr(module, method)(*args, **kwargs)
+
+        return call
+
+    def _intercept(
+        self,
+        next_f: Call,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: hk.MethodContext,
+    ) -> Any:
+        module, method = context.module, context.method_name
+        if self._is_passing(module, method):
+            self._passing = None
+            return next_f(*args, **kwargs)
+        if not _is_public(type(module), method, context.orig_class):
+            return next_f(*args, **kwargs)
+        if self.place.is_same_transform():
+            self.classes[module.module_name] = type(module)
+        if not self.place.is_here():
+            return next_f(*args, **kwargs)
+        attempts = iter((next_f,))  # Haiku's own runs once; a call that is made again is a new one
+
+        def go_on(*args: Any, **kwargs: Any) -> Any:
+            attempt = next(attempts, None) or self.unsent(module, method)
+            return attempt(*args, **kwargs)
+
+        return self.watcher.send(module, method, go_on)(*args, **kwargs)
+
+    def _is_passing(self, module: hk.Module, method: str) -> bool:
+        passing, name = self._passing or (None, None)
+        return passing is module and name == method  # modules that are dataclasses have an ==
+
+
+@per_class
+def _is_public(hk_cls: type[hk.Module], method: str, defined_in: type[hk.Module]) -> bool:
+    """Returns whether calling ``method`` of a Haiku module is a call that a framework sees.
+
+    Haiku reports properties, private methods and each class of a ``super()`` chain too.
+    """
+    if method not in public_methods(hk_cls):
+        return False
+    return next(cls for cls in hk_cls.__mro__ if method in vars(cls)) is defined_in
+
+
+@per_class
+def public_methods(hk_cls: type[hk.Module]) -> dict[str, Call]:
+    """Returns the methods of a Haiku module that its Flax module has too."""
+    reserved = {*dir(hk.Module), *dir(nn.Module)} - {"__call__"}
+    methods = {name: inspect.getattr_static(hk_cls, name) for name in {*dir(hk_cls)} - reserved}
+    return {
+        name: method
+        for name, method in sorted(methods.items())
+        if inspect.isfunction(method) and (name == "__call__" or not name.startswith("_"))
+    }

@@ -1,0 +1,118 @@
+"""NNX modules whose methods run Haiku code: one for each Haiku module, its values in it."""
+
+import copyreg
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import haiku as hk
+from flax import nnx
+
+from .attributes import Source
+from .caching import per_class
+from .calls import public_methods
+from .names import Path
+from .node_run import Run, StandIn, sent_to
+from .rows import _without_tracers
+
+
+class HaikuState(nnx.Variable):
+    """A value of Haiku's state (``hk.set_state``), which a call of its model updates."""
+
+
+class NodeClass(type(nnx.Module)):  # type: ignore[misc]
+    """The class of the node classes; pickle cannot import those that are made of a Haiku class."""
+
+    _maker: tuple[Any, ...] | None
+
+    def __reduce_class__(cls) -> str | tuple[Any, ...]:
+        return vars(cls).get("_maker") or cls.__qualname__
+
+
+copyreg.pickle(NodeClass, NodeClass.__reduce_class__)
+
+
+class Node(StandIn, metaclass=NodeClass):
+    """The NNX module of a Haiku module: its values, its submodules, its public methods.
+
+    ``class Face(Node, haiku=HaikuClass)`` gets the public methods of ``HaikuClass``, apart
+    from those whose names NNX needs for itself.
+    """
+
+    @classmethod
+    def __init_subclass__(cls, haiku: type[hk.Module] | None = None, **kwargs: Any) -> None:
+        for name, method in ({} if haiku is None else public_methods(haiku)).items():
+            if name not in {*vars(cls), *dir(nnx.Module)} - {"__call__"}:
+                setattr(cls, name, _node_method(name, method))
+        super().__init_subclass__(**kwargs)
+
+    def __init__(self, source: Source, path: Path):
+        self._source = source
+        self._path = path
+        if callable(self):
+            self._add_mode(self.__call__)
+
+    def _add_mode(self, function: Callable[..., Any]) -> None:
+        """Adds what ``eval()`` and ``train()`` set, if the function takes ``is_training``."""
+        parameter = inspect.signature(function).parameters.get("is_training")
+        if parameter is not None:
+            self.deterministic = parameter.default is False
+
+    def _in_mode(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Returns ``kwargs`` with ``is_training``, if it is wanted and not given."""
+        if hasattr(self, "deterministic"):
+            signature = inspect.signature(function)
+            given = signature.bind_partial(*args, **kwargs).arguments
+            if "is_training" in signature.parameters.keys() - given.keys():
+                return {**kwargs, "is_training": not self.deterministic}
+        return kwargs
+
+    def _function(self, method: str) -> Callable[..., Any]:
+        """Returns a function with the signature of the Haiku method."""
+        return getattr(self, method)
+
+    def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Calls a method of the Haiku code, as part of the run that sent the call, if any."""
+        sent = sent_to(self)
+        if sent is not None:
+            return sent.arrive(self, method, args, kwargs)
+        kwargs = self._in_mode(self._function(method), args, kwargs)
+        stream = getattr(self, "rngs", None)
+        run = Run(self._source, self._path, self)
+        key = None if stream is None else nnx.clone(stream)()
+        output = run(self._haiku, method, args, kwargs, key)
+        if run.drew and stream is not None:
+            stream()  # counts; a call that draws nothing leaves the stream as it is
+        return output
+
+    def _haiku(self) -> Any:
+        """Returns the Haiku module; called inside a transform."""
+        return _without_tracers(self._source.module(self._path), {})
+
+
+def reserved(hk_cls: type[hk.Module]) -> set[str]:
+    """Returns the attributes that the node of a Haiku class has for itself."""
+    return {*dir(Node), *public_methods(hk_cls), "_source", "_path", "deterministic", "rngs"}
+
+
+def _node_method(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def node_method(self: Node, *args: Any, **kwargs: Any) -> Any:
+        return self._run(name, args, kwargs)
+
+    node_method.__name__ = name
+    return node_method
+
+
+@per_class
+def node_class(hk_cls: type[hk.Module]) -> type[Node]:
+    """Returns the class of the nodes that stand for modules of a Haiku class."""
+    namespace = {
+        "__module__": hk_cls.__module__,
+        "__doc__": hk_cls.__doc__,
+        "_maker": (node_class, (hk_cls,)),
+    }
+    return NodeClass(hk_cls.__name__, (Node,), namespace, haiku=hk_cls)

@@ -1,0 +1,314 @@
+"""Haiku modules as Flax NNX modules: the other Flax face.
+
+A model is a tree of :class:`flax.nnx.Module`, one for each Haiku module, with the names
+that Haiku gives them, and ``nnx.Param`` and :class:`HaikuState` in it:
+``model.block.linear_0.w``.
+
+From ``rngs=nnx.Rngs(key)`` a model has the values of its Linen face, those of
+``init(rngs.params(), *example)``: one key for the whole model, so that one rule holds for
+all Haiku modules, and ``compat.MLP``, NetKet's MLP and this MLP are one model from one key.
+(A stack of ``nnx.Linear`` draws a key for each parameter, in the order of the lines of its
+constructor, which a Haiku module does not have.)  A call that draws random keys takes them
+from the model's copy of the stream ``dropout``, and only if Haiku draws: a deterministic model
+may be closed over by ``jax.jit``.
+
+A submodule may be called by itself, where it needs no values but its own, and replaced:
+``model.block.linear_0 = nnx.Linear(...)``.
+:func:`get_variables` and :func:`set_variables` lead to the trees of Linen and Haiku.
+
+Flax 0.11 is the lowest version, where ``nnx.capture`` and ``nnx.iter_modules`` are not yet.
+
+Example::
+
+  >>> import haiku as hk, jax, jax.numpy as jnp, optax
+  >>> from flax import nnx
+  >>> from compat import nnx as compat_nnx
+  >>> x = jnp.ones((5, 3))
+  >>> net = lambda x: hk.nets.MLP((8, 1))(x)
+  >>> model = compat_nnx.HaikuFunction(net, example=(x,), rngs=nnx.Rngs(0))
+  >>> model.mlp.linear_0.w.shape
+  (3, 8)
+  >>> optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+  >>> loss, grads = nnx.value_and_grad(lambda model: (model(x) ** 2).mean())(model)
+  >>> _ = optimizer.update(model, grads)
+  >>> table = nnx.tabulate(model, x)                 # a row for each Haiku module
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.core import meta
+
+import haiku_mlp
+from haiku_mlp.arguments import size
+
+from . import flax_adapter, functions, wrapping
+from .mirror.attributes import Source, abstract, find_layout
+from .mirror.caching import per_class
+from .mirror.names import Path, flatten, unflatten
+from .mirror.node_run import Run, get, put
+from .mirror.nodes import HaikuState as HaikuState
+from .mirror.nodes import Node, NodeClass, node_class, reserved
+from .mirror.private import original_function
+from .mirror.rows import Mirrored
+
+
+class Face(Node):  # type: ignore[metaclass]
+    """The root of a model."""
+
+    def _build(
+        self, face: Mirrored, function: Callable[..., Any], example: tuple[Any, ...], rngs: nnx.Rngs
+    ) -> None:
+        """Makes the modules and values of a Linen face, which a call of ``function`` has."""
+        if not isinstance(example, tuple):
+            raise TypeError(
+                f"example must be a tuple of arguments, got {type(example).__name__}: "
+                "give example=(x,)"
+            )
+        if not isinstance(rngs, nnx.Rngs):
+            raise TypeError(f"rngs must be nnx.Rngs, got {type(rngs).__name__}: give nnx.Rngs(0)")
+        self._add_mode(function)
+        kwargs = self._in_mode(function, example, {})
+        arguments = abstract(*example, **kwargs)
+        source = Source(face, arguments, find_layout(face, arguments, reserved))
+        variables = face.lazy_init({"params": rngs.params()}, *example, **kwargs)
+        self._source, self._path = source, ()
+        for path, hk_cls in source.layout.classes.items():
+            if path:
+                setattr(self._at(path[:-1]), path[-1], node_class(hk_cls)(source, path))
+        trees = {name: flatten(face._names(), name, variables.get(name, {})) for name in _TYPES}
+        for value in source.layout.values:
+            array = trees[value.collection][value.module_name][value.name]
+            variable = _variable(_TYPES[value.collection], array)
+            setattr(self._at(value.path[:-1]), value.path[-1], variable)
+        if source.layout.draws:
+            self.rngs = rngs.dropout.fork()
+
+    def _at(self, path: Path) -> Any:
+        return functools.reduce(getattr, path, self)
+
+    def _haiku(self) -> Any:
+        return self._source.face._haiku()
+
+
+_TYPES: dict[str, type[nnx.Variable]] = {"params": nnx.Param, "state": HaikuState}
+
+
+class MLP(Face, haiku=haiku_mlp.MLP):
+    """A multi-layer perceptron with one output, an NNX module.
+
+    :class:`haiku_mlp.MLP` with the fields of :class:`compat.MLP` behind ``in_features``, and
+    the parameters of a stack of ``nnx.Linear``: ``model.block.linear_0.kernel``, ``bias``.
+    Its methods ``tangent_kernel``, ``connected`` and ``laplacian`` use the same parameters.
+
+    Args:
+      in_features: Size of the last axis of the input.
+      *args, **kwargs: The fields of :class:`compat.MLP`.
+      rngs: The values are those of ``compat.MLP(...).init(rngs.params(), x)``.
+
+    Raises:
+      ValueError, TypeError: As :class:`compat.MLP`.
+
+    Source: `Multi-layer perceptron of NetKet
+    <https://netket.readthedocs.io/en/latest/api/_generated/models/netket.models.MLP.html>`_.
+
+    Example::
+
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from compat import nnx as compat_nnx
+      >>> model = compat_nnx.MLP(3, hidden_dims=(8, 8), rngs=nnx.Rngs(0))
+      >>> model.block.linear_0.kernel.shape
+      (3, 8)
+      >>> model(jnp.ones((5, 3))).shape
+      (5,)
+      >>> model.tangent_kernel(jnp.ones((5, 3))).shape
+      (5, 5)
+    """
+
+    def __init__(self, in_features: int, *args: Any, rngs: nnx.Rngs, **kwargs: Any):
+        self.in_features = size(in_features, "in_features")
+        x = jax.ShapeDtypeStruct((self.in_features,), jnp.float32)
+        self._build(_make(flax_adapter.MLP, args, kwargs), self.__call__, (x,), rngs)
+
+
+class HaikuFunction(Face):
+    """A function of Haiku modules as an NNX module.
+
+    Args:
+      fn: A function that creates and calls Haiku modules, an :class:`haiku.Transformed` or
+        an :class:`haiku.TransformedWithState`.
+      example: The arguments of a call, arrays or :class:`jax.ShapeDtypeStruct`.
+      rngs: The values are those of the Linen face, ``compat.HaikuFunction(fn)
+        .init(rngs.params(), *example)``.  A model that draws random keys takes its own
+        from the stream ``dropout``.
+
+    Example::
+
+      >>> import haiku as hk, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from compat import nnx as compat_nnx
+      >>> x = jnp.ones((5, 3))
+      >>> net = lambda x: hk.nets.MLP((8, 1))(x)
+      >>> model = compat_nnx.HaikuFunction(net, example=(x,), rngs=nnx.Rngs(0))
+      >>> model.mlp.linear_0.w.shape, model(x).shape
+      ((3, 8), (5, 1))
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any] | hk.Transformed | hk.TransformedWithState,
+        *,
+        example: tuple[Any, ...],
+        rngs: nnx.Rngs,
+    ):
+        face = functions.HaikuFunction(fn)
+        self._build(face, _original(face), example, rngs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the function."""
+        return self._run("__call__", args, kwargs)
+
+    def _function(self, method: str) -> Callable[..., Any]:
+        return _original(self._source.face)
+
+
+def _original(face: Any) -> Callable[..., Any]:
+    """Returns the function whose signature the calls of a ``HaikuFunction`` have."""
+    return face.fn if callable(face.fn) else original_function(face.fn) or face
+
+
+class Wrapped(Face):
+    """The base of the classes that ``wrap`` makes."""
+
+    _face_class: type[Mirrored]
+
+    def __init__(self, *args: Any, example: tuple[Any, ...], rngs: nnx.Rngs, **kwargs: Any):
+        self._build(_make(self._face_class, args, kwargs), self.__call__, example, rngs)
+
+
+@per_class
+def _wrapped(hk_cls: type[hk.Module]) -> type[Face]:
+    namespace = {
+        "__module__": hk_cls.__module__,
+        "__doc__": hk_cls.__doc__,
+        "_face_class": wrapping.wrap(hk_cls),
+        "_maker": (wrap, (hk_cls,)),
+    }
+    return NodeClass(hk_cls.__name__, (Wrapped,), namespace, haiku=hk_cls)
+
+
+def wrap(hk_cls: type[hk.Module]) -> type[Face]:
+    """Returns the NNX module class of a Haiku module class.
+
+    It takes the arguments of the Haiku constructor, ``name`` apart, and ``example`` and
+    ``rngs`` as :class:`HaikuFunction`.  Its methods are the public methods of ``hk_cls``,
+    apart from those whose names Flax needs for itself.
+
+    ``is_training`` is set by ``model.train()`` and ``model.eval()`` where a call does not
+    give it; at first it is what the Haiku code has as default, without a default true.
+
+    Args:
+      hk_cls: A subclass of :class:`haiku.Module`.
+
+    Returns:
+      The class, the same one each time.
+
+    Raises:
+      TypeError: ``hk_cls`` is no subclass of :class:`haiku.Module`.
+
+    Example::
+
+      >>> import haiku as hk, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from compat import nnx as compat_nnx
+      >>> x = jnp.ones((5, 4))
+      >>> model = compat_nnx.wrap(hk.BatchNorm)(True, True, 0.9, example=(x,), rngs=nnx.Rngs(0))
+      >>> y = model(x)                               # training: updates the averages
+      >>> int(model.mean_ema.counter[...])
+      1
+      >>> model.eval()
+      >>> y = model(x)
+    """
+    wrapping.wrap(hk_cls)  # raises
+    return _wrapped(hk_cls)
+
+
+def _variable(variable_type: type[nnx.Variable], value: Any) -> nnx.Variable:
+    """Returns a Variable; the names of axes in a Linen box become its metadata."""
+    if isinstance(value, meta.Partitioned):
+        return variable_type(**value.to_nnx_metadata())
+    return variable_type(meta.unbox(value))
+
+
+def get_variables(model: Face) -> dict[str, Any]:
+    """Returns the variables of a model's Linen face, for ``compat.to_haiku`` for instance.
+
+    Example::
+
+      >>> import compat
+      >>> from compat import nnx as compat_nnx
+      >>> from flax import nnx
+      >>> model = compat_nnx.MLP(3, rngs=nnx.Rngs(0))
+      >>> params, state = compat.to_haiku(compat_nnx.get_variables(model))
+      >>> params["mlp/block/linear_0"]["w"].shape
+      (3, 1)
+    """
+    face, values = model._source.face, Run(model._source, (), model).values
+    return {name: unflatten(face._names(), name, tree) for name, tree in values.items() if tree}
+
+
+def set_variables(model: Face, variables: Mapping[str, Any]) -> None:
+    """Gives a model the values of its Linen face, those of ``compat.to_flax`` for instance.
+
+    Args:
+      model: The model; other references to its Variables see the new values.
+      variables: ``{"params": ..., "state": ...}``.
+
+    Raises:
+      ValueError: A value is missing, unknown, or has another shape.
+
+    Example::
+
+      >>> import compat, jax
+      >>> from compat import nnx as compat_nnx
+      >>> from flax import nnx
+      >>> model = compat_nnx.MLP(3, rngs=nnx.Rngs(0))
+      >>> variables = compat.MLP().init(jax.random.key(1), jax.numpy.ones(3))
+      >>> compat_nnx.set_variables(model, variables)
+    """
+    face, layout = model._source.face, model._source.layout
+    trees = {name: flatten(face._names(), name, variables.get(name, {})) for name in _TYPES}
+    given = {
+        (collection, module_name, name): array
+        for collection, tree in trees.items()
+        for module_name, name, array in hk.data_structures.traverse(tree)
+    }
+    known = {
+        value[:3]: getattr(model._at(value.path[:-1]), value.path[-1]) for value in layout.values
+    }
+    for key in [*known.keys() - given.keys(), *given.keys() - known.keys()]:
+        what = "is missing" if key in known else "is unknown"
+        raise ValueError(f"{'/'.join(key)} {what}: give the variables of the same model")
+    for key, variable in known.items():
+        if jnp.shape(given[key]) != jnp.shape(get(variable)):
+            raise ValueError(
+                f"{'/'.join(key)} must have the shape {jnp.shape(get(variable))}, "
+                f"got {jnp.shape(given[key])}"
+            )
+    for key, variable in known.items():
+        put(variable, given[key])
+
+
+def _make(face_class: type[Mirrored], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mirrored:
+    """Returns a Linen face; its fields for a parent and a name are none of NNX's."""
+    parameters = inspect.signature(face_class).parameters.values()
+    own = [p for p in parameters if p.name not in ("parent", "name")]
+    inspect.Signature(own).bind(*args, **kwargs)
+    return face_class(*args, **kwargs)

@@ -1,0 +1,619 @@
+"""``compat.nnx``: what Flax's NNX does with a native model, it does with a Haiku module."""
+
+import copy
+import pickle
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import netket as nk
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from comparison import assert_identical
+from flax import errors, nnx
+from flax import linen as nn
+from tables.haiku_modules import MODULES
+
+import compat
+import haiku_mlp
+from compat import nnx as compat_nnx
+
+X = np.random.default_rng(0).normal(size=(5, 3))
+KEY = jax.random.key(0)
+TABLE = {"console_kwargs": {"force_terminal": False, "width": 200}}
+
+
+def make_mlp(seed=0, **fields):
+    fields = {"hidden_dims": (4,), "use_output_bias": True, **fields}
+    return compat_nnx.MLP(3, rngs=nnx.Rngs(seed), **fields)
+
+
+class Net(hk.Module):
+    """Modules made in the constructor and in a method, state, dropout, a second method."""
+
+    def __init__(self, size, name=None):
+        super().__init__(name=name)
+        self.linear = hk.Linear(size)
+
+    def __call__(self, x, is_training):
+        x = hk.BatchNorm(True, True, 0.9)(self.linear(x), is_training)
+        x = hk.dropout(hk.next_rng_key(), 0.5, x) if is_training else x
+        return hk.Linear(2, name="head")(x)
+
+    def features(self, x):
+        return self.linear(x)
+
+
+def make_net(seed=0):
+    return compat_nnx.wrap(Net)(4, example=(X,), rngs=nnx.Rngs(seed))
+
+
+def stack(x):
+    return hk.Sequential([hk.Linear(4), jnp.tanh, hk.Linear(2)])(x)
+
+
+def make_stack():
+    return compat_nnx.HaikuFunction(stack, example=(X,), rngs=nnx.Rngs(0))
+
+
+MAKERS = {"MLP": make_mlp, "wrap": make_net, "HaikuFunction": make_stack}
+
+
+def plain(model):
+    """The parameters and the state of a model as Haiku has them."""
+    root = model._source.face._names().root
+    is_mlp = isinstance(model, compat_nnx.MLP)
+    return compat.to_haiku(compat_nnx.get_variables(model), root=None if is_mlp else root)
+
+
+def shapes(tree):
+    return jax.tree.map(jnp.shape, tree)
+
+
+# Names and values.
+
+
+def test_names():
+    assert shapes(nnx.to_pure_dict(nnx.state(make_mlp(), nnx.Param))) == {
+        "block": {
+            "linear_0": {"kernel": (3, 4), "bias": (4,)},
+            "linear_1": {"kernel": (4, 1), "bias": (1,)},
+        }
+    }
+    net = make_net()
+    assert shapes(nnx.to_pure_dict(nnx.state(net, nnx.Param))) == {
+        "linear": {"w": (3, 4), "b": (4,)},
+        "batch_norm": {"scale": (1, 4), "offset": (1, 4)},
+        "head": {"w": (4, 2), "b": (2,)},
+    }
+    assert net.batch_norm.mean_ema.counter[...] == 0
+    assert isinstance(net.batch_norm.mean_ema.counter, compat_nnx.HaikuState)
+
+
+def test_names_that_are_taken():
+    class Names(hk.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = hk.Linear(3)
+
+        def __call__(self, x):
+            x = hk.Linear(2)(self.inner(x))  # linear and ~/linear
+            x = x + hk.get_parameter("train", (), init=jnp.ones)
+            return hk.Linear(1, name="encode")(x) * hk.get_state("train", (), init=jnp.zeros)
+
+        def encode(self, x):
+            return x
+
+    model = compat_nnx.wrap(Names)(example=(X,), rngs=nnx.Rngs(0))
+    children = {name for name, value in vars(model).items() if isinstance(value, nnx.Module)}
+    assert children == {"linear", "~/linear", "encode_"}
+    assert isinstance(model.train_, nnx.Param)
+    assert isinstance(model.train__, compat_nnx.HaikuState)
+    assert model(X).shape == (5, 1)
+
+
+def test_values_outside_of_any_module_are_the_roots():
+    def function(x):
+        return x * hk.get_parameter("scale", (), init=jnp.ones)
+
+    model = compat_nnx.HaikuFunction(function, example=(X,), rngs=nnx.Rngs(0))
+    model.scale[...] = jnp.array(2.0)
+    assert (model(X) == 2 * X).all()
+
+
+def test_initial_values_are_those_of_linen():
+    key = nnx.Rngs(3).params()
+    ours = compat_nnx.get_variables(make_mlp(3))
+    fields = {"hidden_dims": (4,), "use_output_bias": True}
+    assert_identical(ours, compat.MLP(**fields).init(key, X))
+    assert_identical(ours, nk.models.MLP(**fields).init(key, X))
+    linen = compat.wrap(Net)(4)
+    assert_identical(compat_nnx.get_variables(make_net(3)), linen.init(key, X, is_training=True))
+    assert_identical(
+        compat_nnx.get_variables(make_stack()),
+        compat.HaikuFunction(stack).init(nnx.Rngs(0).params(), X),
+    )
+
+
+def test_the_numbers_are_those_of_nnx_linear():
+    model = make_mlp()
+    layers = [nnx.Linear(3, 4, rngs=nnx.Rngs(1)), nnx.Linear(4, 1, rngs=nnx.Rngs(2))]
+    for ours, theirs in zip((model.block.linear_0, model.block.linear_1), layers, strict=True):
+        nnx.update(ours, nnx.state(theirs))
+    x = X.astype(np.float32)
+    assert_identical(model(x), layers[1](jax.nn.gelu(layers[0](x))).squeeze(-1))
+
+
+def test_an_example_may_be_abstract():
+    abstract = jax.ShapeDtypeStruct(X.shape, X.dtype)
+    model = compat_nnx.HaikuFunction(stack, example=(abstract,), rngs=nnx.Rngs(0))
+    assert_identical(nnx.state(model), nnx.state(make_stack()))
+
+
+def test_names_of_axes():
+    init = nn.with_partitioning(jax.nn.initializers.ones, (None, "S"))  # NetKet's mesh
+    model = make_mlp(kernel_init=init)
+    specs = nnx.get_partition_spec(nnx.state(model))
+    assert tuple(jax.tree.leaves(specs["block"]["linear_0"]["kernel"])[0]) == (None, "S")
+    assert (model.block.linear_0.kernel[...] == 1).all()
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_trees_go_to_linen_and_haiku_and_back(make):
+    model, other = make(), make()
+    variables = jax.tree.map(lambda leaf: leaf + 1, compat_nnx.get_variables(model))
+    kernel = jax.tree.leaves(nnx.state(other, nnx.Param))[0]
+    compat_nnx.set_variables(other, variables)
+    assert_identical(compat_nnx.get_variables(other), variables)
+    assert (jax.tree.leaves(nnx.state(other, nnx.Param))[0] == kernel + 1).all()
+
+
+def test_other_trees_are_refused():
+    model, variables = make_mlp(), compat_nnx.get_variables(make_mlp(hidden_dims=(4, 4)))
+    with pytest.raises(ValueError, match=r"linear_2/. is unknown: give the variables of the same"):
+        compat_nnx.set_variables(model, variables)
+    with pytest.raises(ValueError, match=r"must have the shape \(4,\), got \(5,\)"):
+        compat_nnx.set_variables(model, compat_nnx.get_variables(make_mlp(hidden_dims=(5,))))
+
+
+def test_bad_arguments():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'name'"):
+        make_mlp(name="mlp")
+    with pytest.raises(ValueError, match="give only one"):
+        make_mlp(hidden_dims_alpha=(2,))
+    with pytest.raises(TypeError, match=r"give nnx.Rngs"):
+        compat_nnx.MLP(3, rngs=0)
+    with pytest.raises(TypeError, match=r"got ndarray: give example=\(x,\)"):
+        compat_nnx.HaikuFunction(stack, example=X, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match=r"wrap takes a subclass of hk.Module"):
+        compat_nnx.wrap(stack)
+
+
+# Plain Haiku's numbers and programs.
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in ("BatchNorm", "LSTM, dynamic_unroll")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in MODULES
+    ],
+)
+def test_numbers_are_haikus(name, check_leaks):
+    function, x = MODULES[name].function, MODULES[name].input()
+    model = compat_nnx.HaikuFunction(function, example=(x,), rngs=nnx.Rngs(0))
+    net = hk.transform_with_state(function)
+    params, state = plain(model)
+    assert jax.tree.structure((params, state)) == jax.tree.structure(net.init(KEY, x))
+    key = nnx.clone(model.rngs)() if hasattr(model, "rngs") else None
+    output, state = net.apply(params, state, key, x)
+    assert_identical(model(x), output)
+    assert_identical(plain(model), (params, state))
+    graph, values = nnx.split(model)
+    jax.jit(lambda values, x: nnx.merge(graph, values)(x)).lower(values, x)  # leaks are checked
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_the_program_is_haikus(make):
+    model = make()
+    if hasattr(model, "eval"):
+        model.eval()
+    graph, values, rest = nnx.split(model, nnx.Param, ...)
+    functions = {
+        "MLP": lambda x: haiku_mlp.MLP((4,), use_output_bias=True)(x),
+        "Net": lambda x: Net(4)(x, is_training=False),
+        "HaikuFunction": stack,
+    }
+    net = hk.transform_with_state(functions[type(model).__name__])
+    params, state = plain(model)
+
+    def ours(params, x):
+        return nnx.merge(graph, params, rest)(x)
+
+    def theirs(params, x):
+        return net.apply(params, state, None, x)[0]
+
+    programs = [
+        jax.jit(function).lower(values, X).as_text().replace("jit_ours", "jit_theirs")
+        for function, values in ((ours, values), (theirs, params))
+    ]
+    assert "dot_general" in programs[0]
+    assert programs[0] == programs[1]
+
+
+# Transformations.
+
+
+def test_jit():
+    model = make_net()
+    key = nnx.clone(model.rngs)()
+    ours = nnx.jit(lambda model, x: model(x))(model, X)
+    other = make_net()
+    net = hk.transform_with_state(lambda x: Net(4)(x, is_training=True))
+    np.testing.assert_allclose(ours, net.apply(*plain(other), key, X)[0], rtol=1e-6)
+    assert (model.batch_norm.mean_ema.average[...] != 0).all()
+    assert model.rngs.count[...] == 1
+
+
+def test_one_trace_for_equal_models():
+    traces = []
+
+    @nnx.jit
+    def call(model, x):
+        traces.append(model)
+        return model(x)
+
+    for seed in range(2):
+        assert (call(make_mlp(seed), X) == jax.jit(make_mlp(seed))(X)).all()
+    assert len(traces) == 1
+
+
+def test_grad_and_value_and_grad():
+    model = make_mlp()
+    net = hk.without_apply_rng(hk.transform(lambda x: haiku_mlp.MLP((4,), use_output_bias=True)(x)))
+    value, grads = jax.value_and_grad(lambda params: net.apply(params, X).sum())(plain(model)[0])
+    ours, ours_grads = nnx.value_and_grad(lambda model: model(X).sum())(model)
+    assert_identical(ours, value)
+    expected = {name.split("/")[-1]: leaves for name, leaves in grads.items()}
+    for found in (ours_grads, nnx.grad(lambda model: model(X).sum())(model)):
+        block = nnx.to_pure_dict(found)["block"]
+        for name, leaves in expected.items():
+            assert_identical(block[name], {"kernel": leaves["w"], "bias": leaves["b"]})
+
+
+def test_vmap_ensemble():
+    keys = jax.random.split(KEY, 3)
+    models = nnx.vmap(lambda key: make_mlp(key))(keys)
+    assert models.block.linear_0.kernel.shape == (3, 3, 4)
+    outputs = nnx.vmap(lambda model, x: model(x), in_axes=(0, None))(models, X)
+    for key, output in zip(keys, outputs, strict=True):
+        np.testing.assert_allclose(output, make_mlp(key)(X), rtol=1e-12)
+
+
+def test_scan_over_layers():
+    def layer(x):
+        return jnp.tanh(hk.Linear(3)(x))
+
+    def make(key):
+        return compat_nnx.HaikuFunction(layer, example=(X,), rngs=nnx.Rngs(key))
+
+    keys = jax.random.split(KEY, 3)
+    y = nnx.scan(lambda x, model: model(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(
+        jnp.asarray(X), nnx.vmap(make)(keys)
+    )
+    x = X
+    for key in keys:
+        x = make(key)(x)
+    np.testing.assert_allclose(y, x, rtol=1e-12)
+
+
+def test_a_deterministic_model_may_be_closed_over():
+    for model in (make_mlp(), make_net()):
+        model.eval()
+        np.testing.assert_allclose(jax.jit(lambda x, m=model: m(x))(X), model(X), rtol=1e-6)
+    model.train()
+    with pytest.raises(errors.TraceContextError):
+        jax.jit(lambda x: model(x))(X)
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_no_tracer_leaks(make, check_leaks):
+    nnx.jit(lambda model, x: model(x))(make(), X)
+    jax.jit(lambda x: make()(x)).lower(X)
+    jax.eval_shape(jax.grad(lambda x: make()(x).sum()), X)
+
+
+# The tools for modules.
+
+
+def test_split_merge_state_update():
+    model = make_net()
+    graph, params, rest = nnx.split(nnx.clone(model), nnx.Param, ...)
+    merged = nnx.merge(graph, params, rest)
+    model.eval()
+    merged.eval()
+    assert_identical(merged(X), model(X))
+    nnx.update(model, jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param)))
+    assert (model(X) == 0).all()
+    assert (merged(X) != 0).any()
+
+
+def test_equal_models_have_equal_graphs():
+    graphs = [nnx.graphdef(make_mlp(seed)) for seed in range(2)]
+    assert graphs[0] == graphs[1]
+    assert hash(graphs[0]) == hash(graphs[1])
+    other = make_mlp(hidden_activations=jnp.tanh)
+    assert nnx.graphdef(other) != graphs[0]
+    assert nnx.graphdef(other.block) != nnx.graphdef(make_mlp().block)
+
+
+def test_optimizer_and_freezing():
+    model = make_mlp()
+    first = nnx.PathContains("linear_0")
+    trained = nnx.All(nnx.Param, nnx.Not(first))
+    optimizer = nnx.Optimizer(model, optax.adam(0.05), wrt=trained)
+    before = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
+
+    @nnx.jit
+    def step(model, optimizer):
+        def loss(model):
+            return ((model(X) - 1) ** 2).mean()
+
+        value, grads = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, trained))(model)
+        optimizer.update(model, grads)
+        return value
+
+    losses = [step(model, optimizer) for _ in range(20)]
+    assert losses[-1] < losses[0] / 2
+    assert_identical(nnx.state(model, first), nnx.filter_state(before, first))
+
+
+def table_of(model, *args, **kwargs):
+    text = nnx.tabulate(model, *args, **TABLE, **kwargs)
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines()]
+    return [row for row in rows if len(row) > 2 and row[1] and row[1] != "type"]
+
+
+def test_tabulate():
+    rows = table_of(make_mlp(), X)
+    assert [row[:4] for row in rows] == [
+        ["", "MLP", "float64[5,3]", "float64[5]"],
+        ["block", "MLP", "float64[5,3]", "float64[5,1]"],
+        ["block/linear_0", "Linear", "float64[5,3]", "float64[5,4]"],
+        ["block/linear_1", "Linear", "float64[5,4]", "float64[5,1]"],
+    ]
+    assert [row[0] for row in table_of(make_net(), X)] == [
+        "",
+        "linear",
+        "batch_norm",
+        "batch_norm/mean_ema",
+        "batch_norm/var_ema",
+        "head",
+    ]
+    # Modules of the root that another one calls.
+    assert [row[0] for row in table_of(make_stack(), X)] == ["", "sequential", "linear", "linear_1"]
+    native = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    assert [row[:2] for row in table_of(native, X)] == [["", "Linear"]]
+
+
+def test_a_table_changes_nothing():
+    model = make_net()
+    before = jax.tree.map(jnp.copy, nnx.state(model))
+    table_of(model, X)
+    assert_identical(nnx.state(model), before)
+
+
+def test_display(capsys):
+    model = make_mlp()
+    nnx.display(model)
+    assert "linear_0=Linear(" in capsys.readouterr().out + repr(model)
+
+
+def test_eval_shape():
+    model = nnx.eval_shape(make_net)
+    assert isinstance(jax.tree.leaves(nnx.state(model))[0], jax.ShapeDtypeStruct)
+    assert (model.linear.w.shape, model.linear.w.dtype) == ((3, 4), jnp.float64)
+    assert nnx.graphdef(model) == nnx.graphdef(make_net())
+
+
+def test_train_and_eval():
+    model = make_net()
+    assert not model.deterministic
+    before = jax.tree.map(jnp.copy, nnx.state(model, compat_nnx.HaikuState))
+    assert (model(X) != model(X)).any()  # dropout
+    assert model.batch_norm.mean_ema.counter[...] == 2
+    model.eval()
+    after = jax.tree.map(jnp.copy, nnx.state(model, compat_nnx.HaikuState))
+    assert (model(X) == model(X)).all()
+    assert_identical(nnx.state(model, compat_nnx.HaikuState), after)
+    assert (after["batch_norm"]["mean_ema"]["average"][...] != 0).any()
+    model(X, is_training=True)  # what a call says goes first
+    assert model.batch_norm.mean_ema.counter[...] == 3
+    assert before["batch_norm"]["mean_ema"]["counter"][...] == 0
+
+
+def test_the_first_mode_is_that_of_the_code():
+    def function(x, is_training=False):
+        return x * (2 if is_training else 1)
+
+    model = compat_nnx.HaikuFunction(function, example=(X,), rngs=nnx.Rngs(0))
+    assert (model(X) == X).all()
+    model.train()
+    assert (model(X) == 2 * X).all()
+
+
+def test_keys_are_drawn_when_haiku_draws():
+    model = make_net()
+    key = nnx.clone(model.rngs)()
+    net = hk.transform_with_state(lambda x: Net(4)(x, is_training=True))
+    expected, _ = net.apply(*plain(model), key, X)
+    assert_identical(model(X), expected)
+    model.eval()
+    model(X)
+    assert model.rngs.count[...] == 1
+    assert not hasattr(make_mlp(), "rngs")
+
+
+def test_a_model_without_a_stream_says_so():
+    def function(x, is_training):
+        return hk.dropout(hk.next_rng_key(), 0.5, x) if is_training else x
+
+    model = compat_nnx.HaikuFunction(function, example=(X, False), rngs=nnx.Rngs(0))
+    assert (model(X, False) == X).all()
+    with pytest.raises(ValueError, match="draws random keys in this call, but has no stream"):
+        model(X)
+
+
+@pytest.mark.parametrize("make", [make_mlp, make_net])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, nnx.clone, lambda model: pickle.loads(pickle.dumps(model))]
+)
+def test_copies(make, copied):
+    model = make()
+    model.eval()
+    other = copied(model)
+    assert nnx.graphdef(other) == nnx.graphdef(model)
+    assert_identical(other(X), model(X))
+    first = jax.tree.leaves(nnx.state(model))[0]
+    nnx.update(other, jax.tree.map(jnp.zeros_like, nnx.state(other, nnx.Param)))
+    assert_identical(jax.tree.leaves(nnx.state(model))[0], first)
+    assert (model(X) != 0).any()
+
+
+def test_graphs_pickle():
+    for graph in map(nnx.graphdef, (make_mlp(), make_net())):
+        assert pickle.loads(pickle.dumps(graph)) == graph
+
+
+def test_orbax(tmp_path):
+    model = make_net()
+    model(X)
+    values = nnx.state(model, nnx.Param, compat_nnx.HaikuState)
+    with ocp.StandardCheckpointer() as checkpointer:
+        for number, state in enumerate(values):
+            checkpointer.save(tmp_path / str(number), nnx.to_pure_dict(state))
+    other = make_net(7)
+    with ocp.StandardCheckpointer() as checkpointer:
+        for number, state in enumerate(nnx.state(other, nnx.Param, compat_nnx.HaikuState)):
+            like = nnx.to_pure_dict(state)
+            nnx.replace_by_pure_dict(state, checkpointer.restore(tmp_path / str(number), like))
+            nnx.update(other, state)
+    model.eval()
+    other.eval()
+    assert_identical(other(X), model(X))
+
+
+# Methods and submodules.
+
+
+def test_methods_of_the_mlp():
+    model = make_mlp()
+    variables = compat_nnx.get_variables(model)
+    linen = compat.MLP((4,), use_output_bias=True)
+    sites, values = jnp.zeros((5, 2, 1), int), jnp.ones((5, 2, 1))
+    for method, *args in (
+        ("tangent_kernel", X),
+        ("laplacian", X),
+        ("connected", X, sites, values),
+    ):
+        assert_identical(
+            getattr(model, method)(*args), linen.apply(variables, *args, method=method)
+        )
+
+
+def test_other_methods_and_submodules_run_by_themselves():
+    model = make_net()
+    x = X @ model.linear.w[...] + model.linear.b[...][None]
+    for call in (model.linear, model.features, nnx.jit(model.linear)):
+        np.testing.assert_allclose(call(X), x, rtol=1e-12)
+    model.batch_norm(x, is_training=True)
+    assert model.batch_norm.mean_ema.counter[...] == 1
+    block = make_mlp().block
+    assert_identical(block(X).squeeze(-1), make_mlp()(X))
+
+
+def test_a_submodule_that_needs_others_does_not_run_by_itself():
+    with pytest.raises(ValueError, match=r"'linear/w' is no parameter of sequential: .* call the"):
+        make_stack().sequential(X)
+
+
+class Scanned(hk.Module):
+    def __call__(self, x):
+        linear = hk.Linear(3)
+        return hk.scan(lambda x, _: (linear(x), None), x, None, 2)[0]
+
+
+def test_replacing_a_submodule():
+    model, other = make_mlp(), make_mlp(7)
+    model.block.linear_0 = nnx.Linear(3, 4, rngs=nnx.Rngs(1))
+    x = jax.nn.gelu(model.block.linear_0(X))
+    assert_identical(model(X), model.block.linear_1(x).squeeze(-1))
+    grads = nnx.grad(lambda model: model(X).sum())(model)
+    assert (grads["block"]["linear_0"]["kernel"][...] != 0).any()
+    assert table_of(model, X)[2][:2] == ["block/linear_0", "Linear"]
+
+    model.block.linear_0 = other.block.linear_0  # one of ours
+    x = jax.nn.gelu(other.block.linear_0(X))
+    assert_identical(model(X), model.block.linear_1(x).squeeze(-1))
+
+    model.block = nnx.Linear(3, 1, rngs=nnx.Rngs(1))  # with all that it has
+    assert_identical(model(X), model.block(X).squeeze(-1))
+
+
+def test_a_replaced_submodule_that_would_not_run_is_an_error():
+    model = compat_nnx.wrap(Scanned)(example=(X,), rngs=nnx.Rngs(0))
+    model.linear.w[...] = jnp.eye(3)
+    assert (model(X) == X).all()
+    model.linear = nnx.Linear(3, 3, rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match=r"replaced by a Linear, but Haiku calls it inside"):
+        model(X)
+
+
+def test_state_that_the_example_does_not_make_is_an_error():
+    def function(x, is_first):
+        if not is_first:
+            hk.set_state("last", x)
+        return x
+
+    model = compat_nnx.HaikuFunction(function, example=(X, True), rngs=nnx.Rngs(0))
+    assert (model(X, True) == X).all()
+    with pytest.raises(ValueError, match="the call made new state, 'last'"):
+        model(X, False)
+
+
+# NetKet.
+
+
+def test_netket():
+    hilbert = nk.hilbert.Spin(0.5, 4)
+    hamiltonian = nk.operator.Ising(hilbert, nk.graph.Chain(4), h=1.0)
+    sampler = nk.sampler.MetropolisLocal(hilbert, n_chains=4)
+    model = compat_nnx.MLP(4, hidden_dims=(4,), rngs=nnx.Rngs(0))
+    state = nk.vqs.MCState(sampler, model, n_samples=16, seed=1)
+    linen = nk.vqs.MCState(
+        sampler,
+        compat.MLP(hidden_dims=(4,)),
+        variables=compat_nnx.get_variables(model),
+        n_samples=16,
+        seed=1,
+    )
+    with jax.numpy_rank_promotion("allow"):  # NetKet's operators promote
+        for vstate in (state, linen):
+            driver = nk.driver.VMC_SR(
+                hamiltonian, optax.sgd(0.1), diag_shift=1e-3, variational_state=vstate
+            )
+            driver.run(2, show_progress=False, out=None)
+    ours, theirs = (jax.tree.leaves(vstate.parameters) for vstate in (state, linen))
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8)
+
+
+def test_import_without_netket(run_fresh):
+    run = run_fresh(
+        "from compat import nnx as compat_nnx; import sys; assert 'netket' not in sys.modules"
+    )
+    assert run.returncode == 0, run.stderr
