@@ -11,23 +11,54 @@ import compat
 import haiku_mlp
 
 KEY = jax.random.key(7)
-X = cases.INPUTS["batch"]
 
 
 @pytest.fixture(params=cases.GOOD)
-def pair(request):
-    """Yields (ours, NetKet's) for each good configuration."""
-    fields = cases.GOOD[request.param]
-    return compat.MLP(**fields), nk.models.MLP(**fields)
+def faces(request):
+    """Yields (Flax face, NetKet's, Haiku face) for each good configuration."""
+    theirs = nk.models.MLP(**cases.GOOD[request.param])
+    fields = {name: getattr(theirs, name) for name in compat.blocks.FIELDS}
+    haiku = hk.without_apply_rng(hk.transform(lambda x: haiku_mlp.MLP(**fields)(x)))
+    return compat.MLP(**cases.GOOD[request.param]), theirs, haiku
 
 
 @pytest.mark.parametrize("x", cases.INPUTS.values(), ids=cases.INPUTS)
-def test_init_and_apply(pair, x):
-    ours, theirs = pair
+def test_programs_of_faces(faces, x):
+    """The same to the letter: from any key and any weights they compute the same."""
+    ours, theirs, haiku = faces
+
+    def haiku_apply(variables, x):
+        return haiku.apply(compat.to_haiku(variables)[0], x)
+
+    def init_text(model):
+        def init(key, x):
+            return model.init(key, x)
+
+        return jax.jit(init).lower(KEY, x).as_text()
+
+    assert init_text(ours) == init_text(theirs)
+    variables = jax.eval_shape(theirs.init, KEY, x)
+    applies = (ours.apply, theirs.apply, haiku_apply)
+    texts = {str(jax.make_jaxpr(apply)(variables, x)) for apply in applies}
+    assert len(texts) == 1, texts
+
+
+def check_values(faces, x):
+    ours, theirs, haiku = faces
     variables = theirs.init(KEY, x)
     assert_identical(ours.init(KEY, x), variables)
-    assert_identical(ours.apply(variables, x), theirs.apply(variables, x))
+    outputs = theirs.apply(variables, x)
+    assert_identical(ours.apply(variables, x), outputs)
     params, _ = compat.to_haiku(variables)
-    fields = {name: getattr(theirs, name) for name in compat.blocks.FIELDS}
-    haiku = hk.without_apply_rng(hk.transform(lambda x: haiku_mlp.MLP(**fields)(x)))
-    assert_identical(haiku.apply(params, x), theirs.apply(variables, x))
+    assert_identical(haiku.apply(params, x), outputs)
+
+
+def test_values(faces):
+    """Run without ``jit``."""
+    check_values(faces, cases.INPUTS["batch"])
+
+
+@pytest.mark.parametrize("faces", ["two_layers"], indirect=True)
+@pytest.mark.parametrize("x", cases.INPUTS.values(), ids=cases.INPUTS)
+def test_values_of_inputs(faces, x):
+    check_values(faces, x)
