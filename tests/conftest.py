@@ -6,6 +6,7 @@ import sys
 
 import jax
 import pytest
+from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -13,6 +14,18 @@ jax.config.update(
     "jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".jax_cache")
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+# The fuzz tests try the same models each time, more of them in CI, or new ones.
+for name, number in {"few": 30, "many": 150, "new": 1000}.items():
+    settings.register_profile(
+        name,
+        max_examples=number,
+        derandomize=name != "new",
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+settings.load_profile("few")
 
 
 @pytest.fixture

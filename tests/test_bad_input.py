@@ -268,9 +268,9 @@ def test_sizes_that_no_array_has(fields):
 
 def test_sizes_that_no_memory_holds():
     """More than the address space of a process: an error of JAX's, at once."""
-    model, x = compat.MLP(hidden_dims=(2**25,), use_hidden_bias=False), np.ones((1, 2**20))
+    model, x = compat.MLP(hidden_dims=(2**22, 2**23), use_hidden_bias=False), np.ones((1, 1))
     shapes = jax.eval_shape(model.init, KEY, x)
-    assert shapes["params"]["MLP_0"]["Dense_0"]["kernel"].shape == (2**20, 2**25)
+    assert shapes["params"]["MLP_0"]["Dense_1"]["kernel"].shape == (2**22, 2**23)
     with pytest.raises(jax.errors.JaxRuntimeError, match="Out of memory"):
         jax.block_until_ready(model.init(KEY, x))
 

@@ -4,10 +4,9 @@ The long run before the first release tried 1000 models of the Flax faces and 10
 Haiku face, 5 in 6 comparisons of values and 1 in 6 of exceptions, without a difference.
 Found before that: a leaf or level of the Flax tree with a Haiku name (``w`` beside
 ``kernel``, ``block`` beside ``MLP_0``) was taken for the real one.  What may differ is
-``REFUSED``.  ``HAIKU_MLP_FUZZ=1000 pytest tests/test_fuzz.py`` tries 1000 new ones a test.
+``REFUSED``.  ``pytest --hypothesis-profile=new tests/test_fuzz.py`` tries 1000 new ones a test.
 """
 
-import os
 import warnings
 
 import cases
@@ -20,20 +19,11 @@ from comparison import assert_identical, outcome
 from flax import errors, traverse_util
 from flax import linen as nn
 from flax.core import freeze
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import compat
 import haiku_mlp
-
-EXAMPLES = os.environ.get("HAIKU_MLP_FUZZ")
-PROFILE = settings(
-    max_examples=int(EXAMPLES or 50),
-    derandomize=EXAMPLES is None,
-    database=None,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
 
 # Fields.
 
@@ -274,7 +264,6 @@ def assert_same(ours, theirs, fields):
     apply=st.sampled_from(list(APPLY)),
     x64=st.sampled_from([True, True, True, False]),
 )
-@PROFILE
 def test_flax_faces(cls, fields, lift, x, init, edit, which, apply, x64):
     with cases.x64(x64), warnings.catch_warnings():
         # Without x64 NetKet warns of each parameter, and ours of none.
@@ -306,7 +295,6 @@ HAIKU_EDITS = ("none", "numpy", "float32", "complex", "nan", "length 1", "transp
     which=st.integers(0, 5),
     apply=st.sampled_from(HAIKU_APPLY),
 )
-@PROFILE
 def test_haiku_face(fields, x, edit, which, apply):
     """From NetKet's weights NetKet's values; where it raises, an error of Haiku's."""
     theirs = nk.models.MLP(**for_netket(fields))

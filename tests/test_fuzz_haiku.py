@@ -4,7 +4,7 @@ A tree is nested tuples; ``run`` says what each node is.  All map ``(..., 3)`` t
 The long run before the first release tried 800 trees without a difference.  Found before
 that: two errors about values with the name of a submodule (which Haiku allows and ``init``
 refuses), one of them in writing back the state of a tree that ``compat.to_flax`` made.
-``HAIKU_MLP_FUZZ=1000 pytest tests/test_fuzz_haiku.py`` tries 1000 new ones.
+``pytest --hypothesis-profile=new tests/test_fuzz_haiku.py`` tries 1000 new ones.
 """
 
 import re
@@ -16,7 +16,6 @@ import numpy as np
 from comparison import assert_identical, outcome, root_key
 from hypothesis import given
 from hypothesis import strategies as st
-from test_fuzz import PROFILE
 
 import compat
 import haiku_mlp
@@ -251,7 +250,6 @@ def both_raised(ours, theirs):
 
 
 @given(node=TREES, face=st.sampled_from(sorted(FACES)), jit=st.booleans())
-@PROFILE
 def test_haiku_tree(node, face, jit):
     make, root = FACES[face]
     model = make(node)
