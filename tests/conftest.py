@@ -1,8 +1,12 @@
 """Stricter than users are: x64 on purpose, no rank promotion, warnings are errors (setup.cfg)."""
 
+import os
 import pathlib
 import subprocess
 import sys
+
+# Compiling is most of the time.  CI runs the slow tests, and those of numbers, optimised.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import pytest
@@ -36,12 +40,19 @@ def check_leaks():
 
 
 @pytest.fixture
+def optimized():
+    """Compiles as users do."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
 def run_fresh():
     """Runs code in a new interpreter: no x64, nothing imported.  Returns the process."""
 
     def run(code: str, *, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:
-        import os
-
         return subprocess.run(
             [sys.executable, "-W", "error", "-c", code],
             env={**os.environ, **environment},

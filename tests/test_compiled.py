@@ -35,7 +35,7 @@ def program(function, *args):
 
 @pytest.mark.parametrize("hidden_dims", [(16,), (32, 32)], ids=str)
 @pytest.mark.parametrize("is_gradient", [False, True])
-def test_compiled_text(hidden_dims, is_gradient):
+def test_compiled_text(hidden_dims, is_gradient, optimized):
     fields = {"hidden_dims": hidden_dims, "param_dtype": jnp.float32}
     x = jnp.ones((64, 8), jnp.float32)
     net = hk.without_apply_rng(hk.transform(lambda x: haiku_mlp.MLP(**fields)(x)))

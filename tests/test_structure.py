@@ -278,14 +278,14 @@ class TestTangentKernel:
         with pytest.raises(ValueError, match="chunk_size must be positive"):
             structure.tangent_kernel(layers, normal(2, 4), chunk_size=chunk_size)
 
-    def test_peak_memory(self):
+    def test_peak_memory(self, optimized):
         fields, x = {"hidden_dims": (256, 256)}, normal(256, 64)
         params = random_params(fields, x)
         ours = peak_bytes(network(fields, "tangent_kernel").apply, params, x)
         dense = peak_bytes(functools.partial(dense_kernel, network(fields).apply), params, x)
         assert ours * 20 < dense
 
-    def test_chunks_bound_memory(self):
+    def test_chunks_bound_memory(self, optimized):
         fields, x = {"output_dim": 4, "hidden_dims": (16,)}, normal(256, 8)
         params = random_params(fields, x)
         apply = network(fields, "tangent_kernel").apply
