@@ -65,7 +65,7 @@ class NativeFoo(nn.Module):
 
 
 @pytest.fixture
-def documented_keys():
+def documented_keys(optimized):
     with cases.x64(False), jax.threefry_partitionable(False):
         yield jax.random.PRNGKey(0)
 
