@@ -24,8 +24,8 @@ MODELS = (compat.MLP, nk.models.MLP)
 
 
 @pytest.fixture(autouse=True)
-def rank_promotion():
-    """NetKet needs it."""
+def as_netket_runs(optimized):
+    """With rank promotion, and optimised."""
     with jax.numpy_rank_promotion("allow"):
         yield
 
@@ -50,9 +50,15 @@ STATES = {
 }
 
 
-@pytest.mark.parametrize(("state", "fields"), STATES.values(), ids=STATES)
-def test_state(state, fields):
+QUICK = {"real", "complex, in full"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in STATES]
+)
+def test_state(name):
     """Initial weights, energy with its gradient, and steps of VMC with SR."""
+    state, fields = STATES[name]
     holomorphic = True if fields is COMPLEX else None
     seen = []
     for mlp in MODELS:

@@ -81,10 +81,17 @@ def test_local_energies_are_netkets(operator, model):
     np.testing.assert_allclose(ours, jnp.asarray(theirs), rtol=1e-12)
 
 
-@pytest.mark.parametrize("mode", [None, "real", "complex"])
-@pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
-def test_step_equals_netkets(fields, mode):
-    state = state_of(compat.MLP(**fields))
+QUICK = {"real", "not_holomorphic"}
+STEPS = [
+    pytest.param(name, mode, marks=[pytest.mark.slow] * (name not in QUICK))
+    for name in MODELS
+    for mode in (None, "real", "complex")
+]
+
+
+@pytest.mark.parametrize(("name", "mode"), STEPS)
+def test_step_equals_netkets(name, mode):
+    state = state_of(compat.MLP(**MODELS[name]))
     energy, step = natural_gradient(state, HAMILTONIAN, 1e-3, mode=mode)
     # NetKet's Jacobian refuses these two; its lazy kernel takes them.
     is_complex_output = jnp.iscomplexobj(state.log_value(state.samples))
