@@ -60,6 +60,15 @@ def assert_close(ours: Any, expected: Any, tolerance: float) -> None:
         assert np.all(np.isfinite(a))
 
 
+def lowered_text(function: Callable[..., Any], *args: Any) -> str:
+    """Returns the program that XLA is given: where it is the same, so is each result."""
+
+    def main(*args: Any) -> Any:  # the program has the name of the function
+        return function(*args)
+
+    return jax.jit(main).lower(*args).as_text()
+
+
 class _Key(nn.Module):
     stream: str
 

@@ -7,7 +7,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import pytest
-from comparison import assert_identical, root_key
+from comparison import assert_identical, lowered_text, root_key
 from flax import traverse_util
 from flax.core import tracers
 from tables.haiku_modules import MODULES
@@ -45,15 +45,6 @@ def faces(name):
     return compat.HaikuFunction(function), hk.transform_with_state(function), CASES[name].input()
 
 
-def text(function, *args):
-    """Returns the program that XLA is given."""
-
-    def main(*args):  # the name of the program
-        return function(*args)
-
-    return jax.jit(main).lower(*args).as_text()
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_initial_values(name):
     """Parameters and state are those of plain Haiku, from any key: the programs are the same."""
@@ -69,8 +60,8 @@ def test_initial_values(name):
         assert jax.eval_shape(ours, KEY, x) == jax.eval_shape(theirs, KEY, x)
         return
     with jax.checking_leaks():
-        program = text(ours, KEY, x)
-    assert program == text(theirs, KEY, x)
+        program = lowered_text(ours, KEY, x)
+    assert program == lowered_text(theirs, KEY, x)
 
 
 @pytest.mark.parametrize("name", ["nets.MLP", "outside of modules"])
@@ -115,8 +106,8 @@ def test_programs(name):
         return with_gradient(net.apply)(params, state, key, x)
 
     with jax.checking_leaks():
-        program = text(with_gradient(flax_apply(model)), params, state, key, x)
-    assert program == text(theirs, params, state, key, x)
+        program = lowered_text(with_gradient(flax_apply(model)), params, state, key, x)
+    assert program == lowered_text(theirs, params, state, key, x)
 
 
 @pytest.mark.parametrize("name", slow(CASES.keys() - {"keys", "lift"}))

@@ -5,7 +5,7 @@ import haiku as hk
 import jax
 import netket as nk
 import pytest
-from comparison import assert_identical
+from comparison import assert_identical, lowered_text
 
 import compat
 import haiku_mlp
@@ -30,13 +30,7 @@ def test_programs_of_faces(faces, x):
     def haiku_apply(variables, x):
         return haiku.apply(compat.to_haiku(variables)[0], x)
 
-    def init_text(model):
-        def init(key, x):
-            return model.init(key, x)
-
-        return jax.jit(init).lower(KEY, x).as_text()
-
-    assert init_text(ours) == init_text(theirs)
+    assert lowered_text(ours.init, KEY, x) == lowered_text(theirs.init, KEY, x)
     variables = jax.eval_shape(theirs.init, KEY, x)
     applies = (ours.apply, theirs.apply, haiku_apply)
     texts = {str(jax.make_jaxpr(apply)(variables, x)) for apply in applies}
