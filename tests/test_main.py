@@ -159,12 +159,3 @@ def test_a_missing_extra_gets_one_line(names, arguments, run, tmp_path):
     process = run(*arguments, before=BLOCK.format(names=names))
     assert_refused(process, *names, "pip install 'haiku-mlp[demo]'")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_full_run_reaches_half_an_mev(run):
-    process = run()
-    assert process.returncode == 0, process.stderr
-    errors = re.findall(r"^MLP, \w+ face +(\d\.\d{3})$", process.stdout, re.M)
-    assert len(errors) == 2
-    assert max(map(float, errors)) <= 0.5
