@@ -1,5 +1,6 @@
 """What an import does and does not do, and what the distributions hold."""
 
+import inspect
 import os
 import pathlib
 import shutil
@@ -146,6 +147,20 @@ def test_the_wheel_works_without_extras(distributions, tmp_path):
     assert "MLP_0/Dense_1" in process.stdout
 
 
-def test_no_facts_are_written_twice():
-    assert compat.MLP.__dataclass_fields__.keys() - {"parent", "name"} == set(compat.blocks.FIELDS)
+def test_the_version_is_in_the_changelog():
     assert f"\n{haiku_mlp.__version__} " in (ROOT / "CHANGELOG.rst").read_text()
+
+
+def signature(cls):
+    parameters = inspect.signature(cls).parameters.values()
+    return [(p.name, p.default) for p in parameters if p.name not in ("parent", "name")]
+
+
+@pytest.mark.parametrize(
+    ("ours", "flax"), [(haiku_mlp.MLP, compat.MLP), (haiku_mlp.blocks.MLP, compat.blocks.MLP)]
+)
+def test_constructors_agree(ours, flax):
+    """Names, order and defaults."""
+    assert signature(ours) == signature(flax)
+    names = [name for name, _ in signature(ours)]
+    assert names[-len(compat.blocks.FIELDS) :] == list(compat.blocks.FIELDS)
