@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from haiku_mlp import semidefinite
+
 
 def min_sr(
     kernel: jax.Array, residuals: jax.Array, damping: jax.Array | float, *, centered: bool = True
@@ -23,12 +25,14 @@ def min_sr(
     doi:10.1038/s41567-024-02566-1).  For a wave function, which has no norm, the mean over
     the samples is taken from :math:`J` and :math:`r`.
 
-    The system is solved by Cholesky decomposition.  Where that fails, since damping and
-    rounding leave it singular or indefinite, the solution is that of smallest norm in the
-    eigenvectors of positive eigenvalues.
+    The system is solved by Cholesky decomposition, unless it has eigenvalues not larger than
+    the rounding errors of its kernel: then the solution is that of smallest norm in the
+    eigenvectors of larger ones, since in the others a rounding error divided by the damping
+    would be most of the step.
 
     Args:
-      kernel: Tangent kernel ``(B, B)``, for ``O`` outputs ``(B, B, O, O)``.
+      kernel: Tangent kernel ``(B, B)``, for ``O`` outputs ``(B, B, O, O)``.  Integers are
+        taken as floats; half precision is computed in float32.
       residuals: ``(B,)``, for ``O`` outputs ``(B, O)``: twice the local energies for the
         energy of a wave function (its gradient has this factor), outputs minus targets
         for least squares.
@@ -38,8 +42,8 @@ def min_sr(
 
     Returns:
       The weights ``v``, shaped as ``residuals``.  The step, to be subtracted, is
-      ``conj(vjp(conj(v)))``: :func:`natural_gradient` computes it.  NaN if under
-      :func:`jax.jit` an argument holds one.
+      ``conj(vjp(conj(v)))``: :func:`natural_gradient` computes it.  NaN, without a
+      decomposition, if under :func:`jax.jit` an argument is not finite.
 
     Raises:
       ValueError: The shapes do not fit; or, outside of :func:`jax.jit` only, the damping
@@ -57,17 +61,24 @@ def min_sr(
     """
     kernel, residuals, damping = map(jnp.asarray, (kernel, residuals, damping))
     _check_shapes(kernel, residuals, damping)
+    dtype = _solver_dtype(kernel, residuals)
+    kernel, residuals = kernel.astype(dtype), residuals.astype(dtype)
+    damping = damping.astype(kernel.real.dtype)
     is_concrete = not any(isinstance(a, jax.core.Tracer) for a in (kernel, residuals, damping))
     if is_concrete:
         _check_values(kernel, residuals, damping)
-    dtype = jnp.promote_types(jnp.result_type(kernel, residuals), jnp.float32)
-    kernel, rhs = kernel.astype(dtype), residuals.astype(dtype)
+    num_samples = len(residuals)
+    kernel, rhs = kernel / num_samples, residuals
+    # An entry has an error of a few roundings, also where the mean taken off is all of it.
+    rounding = 4 * jnp.finfo(dtype).eps * jnp.linalg.norm(kernel.ravel())
     if centered:
         kernel, rhs = _center(_center(kernel, 0), 1), _center(rhs, 0)
-    num_samples = len(rhs)
-    matrix = _as_matrix(kernel / num_samples)
+    matrix = _as_matrix(kernel)
     matrix += damping.astype(dtype) * jnp.eye(len(matrix), dtype=dtype)
-    solution = _solve(matrix, rhs.reshape(-1), is_concrete).reshape(rhs.shape)
+    solution, smallest = semidefinite.solve(matrix, rhs.ravel(), rounding)
+    if is_concrete and smallest < -_tolerance(matrix) * jnp.max(jnp.abs(matrix)):
+        raise ValueError(f"kernel / B + damping has the negative eigenvalue {smallest}")
+    solution = solution.reshape(rhs.shape)
     return (_center(solution, 0) if centered else solution) / num_samples
 
 
@@ -94,7 +105,9 @@ def natural_gradient(
     Args:
       function: From parameters to the outputs, shaped as ``residuals``, whose tangent
         kernel is ``kernel``.  Holomorphic in complex parameters, or real; of any other
-        complex function give the real and the imaginary part as two outputs.
+        complex function give the real and the imaginary part as two outputs.  Of complex
+        residuals of real outputs only the real part counts, since no step of real outputs
+        changes the imaginary part.
       params: The parameters.
       kernel: As for :func:`min_sr`.
       residuals: As for :func:`min_sr`.
@@ -104,11 +117,12 @@ def natural_gradient(
       previous: The step before this one; None: there was none.
 
     Returns:
-      The step to be subtracted, a tree like ``params``.  Give it to ``optax.sgd`` as the
-      gradient.
+      The step to be subtracted, a tree like ``params`` with its dtypes.  Give it to
+      ``optax.sgd`` as the gradient.
 
     Raises:
-      ValueError: As for :func:`min_sr`; or the outputs are complex, the parameters not.
+      ValueError: As for :func:`min_sr`; or the outputs are not shaped as the residuals, or
+        complex where the parameters are not, or real where the kernel is not.
 
     Example::
 
@@ -135,22 +149,51 @@ def natural_gradient(
       >>> bool(loss < 1e-3)
       True
     """
+    kernel, residuals = jnp.asarray(kernel), jnp.asarray(residuals)
     outputs, pull = jax.vjp(function, params)
-    is_complex = [jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(params)]
-    if jnp.iscomplexobj(outputs) and not all(is_complex):
+    _check_outputs(outputs, params, kernel, residuals)
+    if not jnp.iscomplexobj(outputs):
+        residuals = residuals.real
+    with jax.numpy_dtype_promotion("standard"):  # a step has the dtypes of the parameters
+        if previous is not None:
+            previous = jax.tree.map(_like, previous, params)
+            _, change = jax.jvp(function, (params,), (previous,))
+            residuals = residuals - _like(momentum * change, change)
+        weights = min_sr(kernel, residuals, damping, centered=centered)
+        (step,) = pull(jnp.conj(weights).astype(outputs.dtype))
+        step = jax.tree.map(jnp.conj, step)
+        if previous is None:
+            return step
+        return jax.tree.map(lambda new, old: new + _like(momentum * old, new), step, previous)
+
+
+def _like(a: Any, other: Any) -> jax.Array:
+    return jnp.asarray(a, jnp.result_type(other))
+
+
+def _check_outputs(
+    outputs: jax.Array, params: Any, kernel: jax.Array, residuals: jax.Array
+) -> None:
+    if outputs.shape != residuals.shape:
+        raise ValueError(
+            f"the outputs of function are {outputs.shape}, the residuals {residuals.shape}: "
+            "they must be alike"
+        )
+    if not jnp.iscomplexobj(outputs) and jnp.iscomplexobj(kernel):
+        raise ValueError("the outputs of function are real, but kernel is complex")
+    if jnp.iscomplexobj(outputs) and not all(map(jnp.iscomplexobj, jax.tree.leaves(params))):
         raise ValueError(
             "complex outputs of real parameters: give the real and the imaginary part as two "
             "real outputs, (B, 2)"
         )
-    if previous is not None:
-        _, change = jax.jvp(function, (params,), (previous,))
-        residuals = residuals - momentum * change
-    weights = min_sr(kernel, residuals, damping, centered=centered)
-    (step,) = pull(jnp.conj(weights).astype(outputs.dtype))
-    step = jax.tree.map(jnp.conj, step)
-    if previous is None:
-        return step
-    return jax.tree.map(lambda new, old: new + momentum * old, step, previous)
+
+
+def _solver_dtype(*arrays: jax.Array) -> Any:
+    """Returns the dtype of a decomposition of arrays, as :mod:`jax.numpy.linalg` has it."""
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.result_type(*arrays)
+        dtype = dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.result_type(float)
+        return jnp.promote_types(dtype, jnp.float32)
 
 
 def _check_shapes(kernel: jax.Array, residuals: jax.Array, damping: jax.Array) -> None:
@@ -193,21 +236,3 @@ def _as_matrix(kernel: jax.Array) -> jax.Array:
 
 def _center(a: jax.Array, axis: int) -> jax.Array:
     return a - jnp.mean(a, axis, keepdims=True)
-
-
-def _solve(matrix: jax.Array, rhs: jax.Array, is_concrete: bool) -> jax.Array:
-    factor = jax.scipy.linalg.cho_factor(matrix, lower=True)
-    solution = jax.scipy.linalg.cho_solve(factor, rhs)
-    is_solved = jnp.all(jnp.isfinite(solution))
-    if is_concrete and not is_solved:
-        values = jnp.linalg.eigvalsh(matrix)
-        if values[0] < -_tolerance(matrix) * values[-1]:
-            raise ValueError(f"kernel / B + damping has the negative eigenvalue {values[0]}")
-    return jax.lax.cond(is_solved, lambda: solution, lambda: _solve_semidefinite(matrix, rhs))
-
-
-def _solve_semidefinite(matrix: jax.Array, rhs: jax.Array) -> jax.Array:
-    values, vectors = jnp.linalg.eigh(matrix)
-    cutoff = len(values) * jnp.finfo(matrix.dtype).eps * jnp.max(jnp.abs(values))
-    inverse = jnp.where(values > cutoff, 1 / values, 0)
-    return vectors @ (inverse * (vectors.conj().T @ rhs))

@@ -1,0 +1,87 @@
+"""Linear systems of positive semidefinite matrices, singular ones too."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+_ITERATIONS = 3
+
+
+# Compiled as one: jax_debug_nans looks at the results alone, not at a decomposition that fails.
+@jax.jit
+def solve(matrix: jax.Array, rhs: jax.Array, rounding: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Solution of smallest norm of ``matrix @ x = rhs``, where rounding errors count as zero.
+
+    By Cholesky decomposition if all eigenvalues are larger than ``rounding``, else in the
+    eigenvectors of those that are.  That decides, not whether the decomposition fails: the
+    pivots of a singular matrix are rounding errors of either sign.  Derivatives are those of
+    the solution, with the eigenvectors that are left out kept fixed.
+
+    Args:
+      matrix: Hermitian ``(n, n)``, of float32 at least, with no eigenvalue below zero other
+        than by rounding; the eigenvectors of such ones are left out too.
+      rhs: ``(n,)``, of the same dtype.
+      rounding: Size of the errors of the eigenvalues, a number.
+
+    Returns:
+      The solution ``(n,)`` and the smallest eigenvalue, which is an estimate from above where
+      the solution is Cholesky's.  NaN, at no cost, if an argument is not finite.
+
+    Example::
+
+      >>> import jax.numpy as jnp
+      >>> from haiku_mlp import semidefinite
+      >>> ones = jnp.ones((2, 2))
+      >>> solution, smallest = semidefinite.solve(ones, jnp.array([2., 4.]), jnp.array(1e-6))
+      >>> bool(jnp.allclose(solution, 1.5))
+      True
+    """
+    fixed = jax.lax.stop_gradient(matrix)
+    factor = jax.scipy.linalg.cho_factor(fixed, lower=True)
+    smallest = _smallest_eigenvalue(factor)
+    is_regular = smallest > rounding  # False for NaN: Cholesky failed
+
+    def by_cholesky(b: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.scipy.linalg.cho_solve(factor, b), smallest
+
+    def by_eigenvectors(b: jax.Array) -> tuple[jax.Array, jax.Array]:
+        values, vectors = jnp.linalg.eigh(fixed)
+        inverse = jnp.where(values > rounding, 1 / values, 0).astype(b.dtype)
+        return _product(vectors, inverse * _product(vectors.conj().T, b)), values[0]
+
+    def not_a_number(b: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.full_like(b, jnp.nan), jnp.full_like(smallest, jnp.nan)
+
+    def inverse(_: Any, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+        is_finite = jnp.isfinite(rounding) & jnp.all(jnp.isfinite(fixed)) & jnp.all(jnp.isfinite(b))
+        route = jnp.where(is_finite, jnp.where(is_regular, 2, 1), 0)
+        return jax.lax.switch(route, (not_a_number, by_eigenvectors, by_cholesky), b)
+
+    def transposed(_: Any, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+        solution, smallest = inverse(_, b.conj())
+        return solution.conj(), smallest
+
+    return jax.lax.custom_linear_solve(
+        lambda x: _product(matrix, x), rhs, inverse, transposed, has_aux=True
+    )
+
+
+def _smallest_eigenvalue(factor: tuple[jax.Array, bool]) -> jax.Array:
+    """Returns the smallest eigenvalue by inverse iteration, too large at most by a small factor.
+
+    From a random vector of size ``n`` the factor is ``n`` to the power of ``1 / 6``, or less.
+    """
+    lower, _ = factor
+    places = jnp.arange(len(lower), dtype=lower.real.dtype)
+    vector = jnp.cos(places**2).astype(lower.dtype)  # as good as random, without a key
+    size = jnp.ones((), lower.real.dtype)
+    growth = size
+    for _ in range(_ITERATIONS):
+        vector = jax.scipy.linalg.cho_solve(factor, vector / jnp.linalg.norm(vector))
+        growth *= jnp.linalg.norm(vector)
+    return growth ** (-1 / _ITERATIONS)
+
+
+def _product(matrix: jax.Array, vector: jax.Array) -> jax.Array:
+    return jnp.matmul(matrix, vector, precision="highest")
