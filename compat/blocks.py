@@ -1,14 +1,12 @@
 """The Flax faces of the MLP's parts."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
-from flax import errors
 from flax import linen as nn
 from flax.core import Scope
 
@@ -42,19 +40,13 @@ class Perceptron(Mirrored):
         return Names(root="mlp", netket=True)
 
     @nn.nowrap
-    def _row(
-        self,
-        module: hk.Module | type[hk.Module],
-        parent: Any,
-        name: str,
-        dtypes: Mapping[int | str, Any] = MappingProxyType({}),
-    ) -> Mirrored:
+    def _row(self, module: hk.Module | type[hk.Module], parent: Any, name: str) -> Mirrored:
         # Flax names the children of a compact method itself: MLP_0, Dense_0, Dense_1, ...
         place: Any = {"parent": parent, "name": name if isinstance(parent, Scope) else None}
         if type(module) is haiku_mlp.blocks.MLP:
-            row: Mirrored = MLP(module.output_dim, **vars(module.arguments), **place)
-        elif type(module) is haiku_mlp.Linear:
-            row = Dense(
+            return MLP(module.output_dim, **vars(module.arguments), **place)
+        if type(module) is haiku_mlp.Linear:
+            return Dense(
                 module.output_size,
                 use_bias=module.use_bias,
                 param_dtype=module.param_dtype,
@@ -63,11 +55,7 @@ class Perceptron(Mirrored):
                 bias_init=module.bias_init,
                 **place,
             )
-        else:
-            return super()._row(module, parent, name, dtypes)
-        if row.name != name:
-            raise errors.NameInUseError("submodule", name, type(self).__name__)
-        return row
+        return super()._row(module, parent, name)
 
 
 class Dense(Mirrored, nn.Dense, haiku=haiku_mlp.Linear):

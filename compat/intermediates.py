@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from .mirror.calls import watcher
-from .mirror.run import running
 
 
 def perturb(name: str, value: Any, collection: str = "perturbations") -> Any:
@@ -41,7 +40,7 @@ def perturb(name: str, value: Any, collection: str = "perturbations") -> Any:
       >>> jax.grad(model.apply)(variables, jnp.ones(2))["perturbations"]["square"].tolist()
       [3.0, 3.0]
     """
-    mirror = running() or watcher()
+    mirror = watcher()
     if mirror is None:
         return value
     return mirror.module(hk.current_name()).perturb(name, value, collection)
@@ -70,7 +69,7 @@ def sow(collection: str, name: str, value: Any) -> bool:
       >>> [float(mean) for mean in variables["intermediates"]["mean"]]
       [1.0]
     """
-    mirror = running() or watcher()
+    mirror = watcher()
     if mirror is None:
         return False
     return mirror.module(hk.current_name()).sow(collection, name, value)

@@ -13,9 +13,9 @@ from flax import linen as nn
 from flax.core import FrozenDict, freeze, unfreeze
 
 from .mirror.caching import per_class
+from .mirror.calls import public_methods
 from .mirror.names import Names
 from .mirror.rows import Mirrored
-from .mirror.run import public_methods
 
 
 class _Argument(enum.Enum):

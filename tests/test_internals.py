@@ -5,12 +5,12 @@ import re
 
 import haiku as hk
 import jax
-import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
 import compat
 from compat.mirror import private as internals
+from compat.mirror.run import is_missing_key
 
 KEY = jax.random.key(0)
 ROOT = pathlib.Path(__file__).parent.parent
@@ -39,28 +39,16 @@ def test_the_context_is_one_for_a_run():
     assert seen[0] is not first
 
 
-def test_missing_rng():
+def test_missing_key():
     def by_initializer(x):
         return hk.get_parameter("w", (), init=hk.initializers.RandomNormal())
 
     for function in (lambda x: hk.next_rng_key(), by_initializer):
         with pytest.raises(ValueError, match="PRNGKey") as caught:
             hk.transform(function).init(None, 1.0)
-        assert internals.is_missing_rng(caught.value)
+        assert is_missing_key(caught.value)
     for error in (ValueError("a non-None PRNGKey"), KeyError()):
-        assert not internals.is_missing_rng(error)
-
-
-def test_missing_state():
-    def function():
-        return hk.get_state("count")
-
-    with pytest.raises(ValueError, match="No value") as caught:
-        hk.transform_with_state(lambda: hk.to_module(function)("net")()).apply({}, {}, None)
-    assert internals.missing_state(caught.value) == ("net", "count")
-    with pytest.raises(ValueError, match="retrieve parameter") as caught:
-        hk.transform(lambda: hk.get_parameter("w", (), init=jnp.ones)).apply({}, None)
-    assert internals.missing_state(caught.value) is None
+        assert not is_missing_key(error)
 
 
 def function(x):
@@ -108,24 +96,14 @@ def test_no_flax_parent_after_an_error():
     assert Parent(False).apply({})
 
 
-def test_is_flax_watching():
-    seen = []
+def test_is_flax_intercepted():
+    def interceptor(next_f, args, kwargs, context):
+        return next_f(*args, **kwargs)
 
-    class Watched(nn.Module):
-        @nn.compact
-        def __call__(self):
-            seen.append(internals.is_flax_watching())
-
-    model = Watched()
-    model.apply({})
-    model.apply({}, capture_intermediates=True)
-    model.apply({}, capture_intermediates=lambda module, name: True)
-    with nn.intercept_methods(lambda next_f, args, kwargs, context: next_f(*args, **kwargs)):
-        model.apply({})
-    model.apply({})
-    assert seen == [False, True, True, True, False]
-    model.tabulate({})
-    assert seen[5]
+    assert not internals.is_flax_intercepted()
+    with nn.intercept_methods(interceptor):
+        assert internals.is_flax_intercepted()
+    assert not internals.is_flax_intercepted()
 
 
 PRIVATE = re.compile(r"haiku\._src|flax\.\w+\._|\bflax_module\._|\bhaiku_base\.|\._original_fn")

@@ -368,7 +368,7 @@ def test_state_first_made_at_apply(function):
     outputs, changed = model.apply({}, X, mutable=["state"])
     assert_identical(outputs, jnp.asarray(X))
     assert_identical(changed, {"state": {"counter": {"count": jnp.ones((), "float32")}}})
-    with pytest.raises(errors.ModifyScopeVariableError, match='"count"'):
+    with pytest.raises(errors.ScopeCollectionNotFound, match='"count"'):
         model.apply({}, X)
 
 
@@ -376,20 +376,17 @@ NORM = compat.wrap(hk.BatchNorm)(True, True, 0.9)
 
 
 @pytest.mark.parametrize(
-    ("change", "error"),
-    [
-        (lambda state: {}, errors.ScopeCollectionNotFound),
-        (lambda state: {**state, "mean_ema": {}}, errors.ScopeVariableNotFoundError),
-    ],
+    "change",
+    [lambda state: {}, lambda state: {**state, "mean_ema": {}}],
     ids=["no collection", "no leaf"],
 )
-def test_state_that_is_missing(change, error):
-    """As ``nn.BatchNorm``."""
+def test_state_that_is_missing(change):
+    """Where Haiku cannot make it, Haiku says so."""
     variables = NORM.init(KEY, X, is_training=True)
     state = {name.removeprefix("~/"): value for name, value in variables["state"].items()}
     state = {f"~/{name}": value for name, value in change(state).items()}
     variables = {**variables, "state": state} if state else {"params": variables["params"]}
-    with pytest.raises(error, match="mean_ema"):
+    with pytest.raises(ValueError, match="'average' in 'batch_norm/~/mean_ema'"):
         NORM.apply(variables, X, is_training=False)
 
 
@@ -538,11 +535,9 @@ ERRORS = {
 
 @pytest.mark.parametrize(("call", "error", "message"), ERRORS.values(), ids=ERRORS)
 def test_errors(call, error, message):
-    """Flax's, with Flax's path; Haiku's is the cause."""
-    with pytest.raises(error, match=message) as caught:
+    """Flax's, with Flax's path."""
+    with pytest.raises(error, match=message):
         call()
-    if error not in (errors.CallCompactUnboundModuleError,):
-        assert caught.value.__cause__ is not None
 
 
 def test_an_error_of_the_code_is_left_alone():

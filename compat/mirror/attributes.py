@@ -11,9 +11,8 @@ from flax.core import meta
 
 from .calls import Call, Calls
 from .names import Names, Path
-from .private import is_missing_rng
-from .rows import Mirrored, _without_tracers
-from .run import NameScope
+from .rows import Mirrored, snapshot
+from .run import NameScope, is_missing_key
 
 Example = tuple[Any, ...]
 Reserved = Callable[[type[hk.Module]], Collection[str]]
@@ -201,7 +200,7 @@ def _trace(face: Mirrored, example: Example, seen: _Seen) -> tuple[Any, Any]:
         seen.classes.update(calls.classes)
         if seen.wanted in modules.modules:
             with jax.ensure_compile_time_eval():
-                seen.module = _without_tracers(modules.modules[seen.wanted], {})
+                seen.module = snapshot(modules.modules[seen.wanted], {})
 
     def run(arrays: list[jax.Array]) -> tuple[Any, Any]:
         given = iter(arrays)
@@ -213,7 +212,7 @@ def _trace(face: Mirrored, example: Example, seen: _Seen) -> tuple[Any, Any]:
         try:
             net.apply(params, state, None, *args, **kwargs)
         except ValueError as error:
-            if not is_missing_rng(error):
+            if not is_missing_key(error):
                 raise
             seen.draws = True
         return params, state

@@ -19,8 +19,8 @@ from flax import nnx
 from .attributes import SILENT, Source
 from .calls import Call, Calls
 from .names import Path
-from .private import is_capturing, is_missing_rng
-from .run import _haiku_key
+from .private import is_capturing
+from .run import haiku_key, is_missing_key
 
 _transformed = hk.transform_with_state(lambda body: body())
 
@@ -67,7 +67,7 @@ class Run:
         """Calls a method of the Haiku module, or the function, that ``make`` returns."""
 
         def body() -> Any:
-            first = _haiku_key()
+            first = haiku_key()
             with (
                 self.calls.watched(),
                 hk.custom_creator(self._refuse),
@@ -76,7 +76,7 @@ class Run:
                 haiku = make()
                 is_module = isinstance(haiku, hk.Module)
                 output = (self.calls.unsent(haiku, method) if is_module else haiku)(*args, **kwargs)
-            self.drew = _haiku_key() is not first
+            self.drew = haiku_key() is not first
             return output
 
         try:
@@ -185,7 +185,7 @@ class Run:
     def _explain(self, error: ValueError) -> None:
         """Raises a clearer error for what Haiku lacked."""
         self._check_replaced()
-        if is_missing_rng(error):
+        if is_missing_key(error):
             raise ValueError(
                 f"{type(self._node).__name__} draws random keys in this call, but has no stream: "
                 "construct it with an example in which it draws (is_training=True), and rngs that "
@@ -215,7 +215,7 @@ class Sent:
             if self.run.calls.place.is_here():
                 return self.go_on(*args, **kwargs)
             inner = Run(self.run.source, self.path, node, outer=self.run)
-            return inner(lambda: self.module, method, args, kwargs, _haiku_key())
+            return inner(lambda: self.module, method, args, kwargs, haiku_key())
 
 
 _sent: contextvars.ContextVar[Sent | None] = contextvars.ContextVar("sent", default=None)

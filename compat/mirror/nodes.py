@@ -14,7 +14,7 @@ from .caching import per_class
 from .calls import public_methods
 from .names import Path
 from .node_run import Run, StandIn, sent_to
-from .rows import _without_tracers
+from .rows import snapshot
 
 
 class HaikuState(nnx.Variable):
@@ -90,7 +90,7 @@ class Node(StandIn, metaclass=NodeClass):
 
     def _haiku(self) -> Any:
         """Returns the Haiku module; called inside a transform."""
-        return _without_tracers(self._source.module(self._path), {})
+        return snapshot(self._source.module(self._path), {})
 
 
 def reserved(hk_cls: type[hk.Module]) -> set[str]:

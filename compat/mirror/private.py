@@ -1,10 +1,9 @@
-"""The private names of Haiku and Flax in use, each alone in one function, with the reason.
+"""The private names of Haiku and Flax in use, each alone in one function, with its price.
 
 ``tests/test_internals.py`` fails when one of them moves.
 """
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,29 +17,10 @@ def haiku_context() -> object:
     """Returns the Haiku transform that is running, an object of its own for each run.
 
     A transform inside another (``hk.lift``, ``hk.transform`` in Haiku code) names its
-    modules afresh; no public function tells it from the outer one.
+    modules afresh; no public function tells it from the outer one.  Without this, values
+    of one would be taken for those of the other.
     """
     return haiku_base.current_context()
-
-
-def is_missing_rng(error: Exception) -> bool:
-    """Returns whether Haiku raised ``error`` because it had no random key to draw from.
-
-    Haiku exports no class of its own for that error; where an initializer drew at apply,
-    it is the cause of another.
-    """
-    return isinstance(error, haiku_base.MissingRNGError) or isinstance(
-        error.__cause__, haiku_base.MissingRNGError
-    )
-
-
-def missing_state(error: Exception) -> tuple[str, str] | None:
-    """Returns the module and the name of the state that Haiku did not find, if it did not.
-
-    Haiku tells it by the text of a ValueError alone.
-    """
-    match = re.match(r"No value for '(.*)' in '(.*)', perhaps", str(error))
-    return None if match is None else (match[2], match[1])
 
 
 def original_function(
@@ -53,15 +33,13 @@ def original_function(
     return getattr(transformed.init, "_original_fn", None)
 
 
-def is_flax_watching() -> bool:
-    """Returns whether a Flax call would be captured, intercepted or listed in a summary now.
+def is_flax_intercepted() -> bool:
+    """Returns whether an interceptor sees Flax's calls now, which Flax keeps to itself.
 
-    Flax keeps what watches its calls to itself.
+    Without this, either each call goes through Flax, and a deep network takes half as long
+    again to trace, or ``nn.intercept_methods`` sees no calls at ``apply``.
     """
-    context = flax_module._context
-    capturing = bool(context.capture_stack and context.capture_stack[-1])
-    watchers = flax_module._global_interceptor_stack or context.call_info_stack
-    return capturing or bool(watchers)
+    return bool(flax_module._global_interceptor_stack)
 
 
 def is_capturing(module: nnx.Module) -> bool:

@@ -1,11 +1,8 @@
 """Flax modules whose methods run Haiku code."""
 
-import contextlib
 import copy
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any
 
 import haiku as hk
@@ -15,9 +12,9 @@ from flax import errors
 from flax import linen as nn
 
 from .caching import per_class
+from .calls import public_methods, watcher
 from .names import Names
-from .private import no_flax_parent
-from .run import Mirror, public_methods
+from .run import Run
 
 
 class Mirrored(nn.Module):
@@ -26,12 +23,8 @@ class Mirrored(nn.Module):
     ``class Face(Mirrored, haiku=HaikuClass)`` gets the public methods of ``HaikuClass``.
     """
 
-    # Whether Flax modules and parameters made in the Haiku code become this module's, as
-    # in a compact method.  In general they do not: Haiku has names of its own for them.
+    # Whether the methods are compact: Flax names what is in them.
     _compact = False
-    # What a mirrored call continues with.  A clone has none: it runs by itself, as
-    # Flax does with each row when it counts FLOPs.
-    _next_f = None
 
     @classmethod
     def __init_subclass__(cls, haiku: type[hk.Module] | None = None, **kwargs: Any) -> None:
@@ -54,87 +47,44 @@ class Mirrored(nn.Module):
     @nn.nowrap
     def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls a method of the Haiku code, as part of the outer run if there is one."""
-        next_f = self._next_f
-        if next_f is not None:
-            object.__setattr__(self, "_next_f", None)
-            with self._parenthood():
-                return next_f(*args, **kwargs)
+        outer = watcher()
+        again = outer.again(self, method) if isinstance(outer, Run) else None
+        if again is not None:
+            return again(*args, **kwargs)
         if self.scope is None:
             raise errors.CallCompactUnboundModuleError
-        mirror = Mirror(self, self._names())
-
-        def body() -> Any:
-            haiku = self._haiku()
-            if isinstance(haiku, hk.Module):
-                mirror.enter(haiku)
-            return getattr(haiku, method)(*args, **kwargs)
-
-        return mirror.run(body)
+        run = Run(self, self.scope, self._names(), self._row, compact=self._compact)
+        return run(self._haiku, method, args, kwargs)
 
     @nn.nowrap
-    def _continue_with(self, next_f: Callable[..., Any], method: str) -> Callable[..., Any]:
-        """Returns the Flax method with ``next_f`` for its body."""
-        if not hasattr(type(self), method):
-            return next_f
-        object.__setattr__(self, "_next_f", next_f)
-        return getattr(self, method)
-
-    @nn.nowrap
-    def _parenthood(self) -> contextlib.AbstractContextManager[None]:
-        """Returns a context in which Haiku code of this module runs."""
-        return contextlib.nullcontext() if self._compact else no_flax_parent()
-
-    @nn.nowrap
-    def _row(
-        self,
-        module: hk.Module | type[hk.Module],
-        parent: Any,
-        name: str,
-        dtypes: Mapping[int | str, Any] = MappingProxyType({}),
-    ) -> "Mirrored":
+    def _row(self, module: hk.Module | type[hk.Module], parent: Any, name: str) -> "Mirrored":
         """Returns the Flax module that stands for a Haiku module.
 
         Args:
           module: The module; its class, if Flax sees none of its calls.
           parent: The Flax parent, or the module's own :class:`flax.core.Scope`.
           name: The Flax name.
-          dtypes: The dtypes among the arguments of the call.
         """
-        hk_cls = module if isinstance(module, type) else type(module)
-        origin = Origin(module, self._names().netket, dtypes)
-        return row_class(hk_cls)(origin, parent=parent, name=name)
-
-
-@dataclasses.dataclass(frozen=True)
-class Origin:
-    """Where a row comes from, in one field: Flax walks through each field of a module."""
-
-    module: Any
-    netket: bool
-    dtypes: Mapping[int | str, Any]
+        if isinstance(module, type):
+            return row_class(module)(None, False, parent=parent, name=name)
+        # Flax's summary runs a row again by itself, and the call that comes may change it.
+        origin = snapshot(module, {}) if self.is_initializing() else module
+        return row_class(type(module))(origin, self._names().netket, parent=parent, name=name)
 
 
 class Row(Mirrored):
     """The Flax module of a Haiku module that is part of another."""
 
-    origin: Origin
+    _origin: Any
+    _netket: bool
 
     @nn.nowrap
     def _names(self) -> Names:
-        return Names(root=self.origin.module.module_name, netket=self.origin.netket)
-
-    @nn.nowrap
-    def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._next_f is None:
-            # Flax's summary gives a scalar array in place of a dtype when it counts FLOPs.
-            dtypes = self.origin.dtypes
-            args = tuple(dtypes.get(i, arg) for i, arg in enumerate(args))
-            kwargs = {key: dtypes.get(key, value) for key, value in kwargs.items()}
-        return super()._run(method, args, kwargs)
+        return Names(root=self._origin.module_name, netket=self._netket)
 
     @nn.nowrap
     def _haiku(self) -> hk.Module:
-        return _without_tracers(self.origin.module, {})
+        return snapshot(self._origin, {})
 
     def inside_transform(self) -> tuple[()]:
         """Stands in ``tabulate`` for calls inside an inner transform (``hk.scan``, ...)."""
@@ -157,13 +107,18 @@ def _flax_method(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     return flax_method
 
 
-def _without_tracers(value: Any, copies: dict[int, Any]) -> Any:
-    """Copies a Haiku module with zeros for the tracers it keeps of the run it is from."""
+def snapshot(value: Any, copies: dict[int, Any]) -> Any:
+    """Copies a Haiku module as it is now, with zeros for the tracers that it keeps.
+
+    Args:
+      value: The module, or a value that it keeps.
+      copies: Copies by the identity of the original.
+    """
     if isinstance(value, hk.Module):
         if id(value) not in copies:
             copies[id(value)] = module = copy.copy(value)
             for name, attribute in vars(value).items():
-                object.__setattr__(module, name, _without_tracers(attribute, copies))
+                object.__setattr__(module, name, snapshot(attribute, copies))
         return copies[id(value)]
     if isinstance(value, jax.core.Tracer):
         if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
@@ -172,4 +127,4 @@ def _without_tracers(value: Any, copies: dict[int, Any]) -> Any:
     leaves, treedef = jax.tree.flatten(value)
     if jax.tree_util.treedef_is_leaf(treedef):
         return value
-    return jax.tree.unflatten(treedef, [_without_tracers(leaf, copies) for leaf in leaves])
+    return jax.tree.unflatten(treedef, [snapshot(leaf, copies) for leaf in leaves])

@@ -1,90 +1,66 @@
-"""The store: parameters and state between Haiku's frame and a Flax scope."""
+"""The values of one run of Haiku code: which Flax scope they come from and go to."""
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import haiku as hk
 import jax
-import numpy as np
 from flax import errors
-from flax.core import Scope, meta, tracers
+from flax.core import Scope, meta
 
 from haiku_mlp import JaxInitializer
 
+from .calls import Place
 from .names import HaikuTree, Names, Path, flatten
-from .private import haiku_context
 
 Tree = Mapping[str, Mapping[str, Any]]
+Context = hk.GetterContext | hk.SetterContext
 
 
-class Place:
-    """The trace and the Haiku transform in which code was started."""
+class Values:
+    """Parameters and state between Haiku's frame and a Flax scope.
 
-    def __init__(self) -> None:
-        self._trace = tracers.current_trace()
-        self._context = haiku_context()
+    The hooks act on what Haiku does in the transform of the start alone, and create values
+    in its trace alone: inside ``hk.scan`` and the like Haiku creates them by itself, and
+    ``keep`` takes them over.
 
-    def is_same_transform(self) -> bool:
-        """Returns whether this transform runs now; it gives the modules their names."""
-        return haiku_context() is self._context
-
-    def is_here(self) -> bool:
-        """Returns whether this transform runs now, in the trace of its start."""
-        return tracers.current_trace() == self._trace and self.is_same_transform()
-
-
-class Store:
-    """The values of one run of Haiku code: where they come from, where they go.
-
-    Its hooks act on what Haiku does in the place of the start alone: inside ``hk.scan``
-    and the like Haiku creates values by itself, and ``store_new`` takes them over.
+    Args:
+      scope: The Flax scope.
+      names: How Haiku's names read in it.
+      load: Whether Haiku's frame gets the values before the code runs.  Otherwise each is
+        looked up when the code asks for it, in the scope that its module has by then.
     """
 
-    def __init__(self, scope: Scope, names: Names):
+    place: Place
+
+    def __init__(self, scope: Scope, names: Names, *, load: bool):
         self.names = names
-        self.may_create = scope.is_mutable_collection("params")
-        self.flax_error: Exception | None = None
         self._root = scope
         self._scopes: dict[Path, Scope] = {(): scope}
-        self._loaded: dict[str, HaikuTree] = {}
-        self._submodules: dict[tuple[str, Path], set[str]] = {}
+        self._found: dict[str, HaikuTree] = {"params": {}, "state": {}}
         self._created: dict[str, Any] = {}
         self._written: set[str] = set()
-
-    def start(self) -> None:
-        """Notes the place where the Haiku code starts."""
-        self.place = Place()
-
-    def load(self, collection: str, tree: Mapping[str, Any]) -> HaikuTree:
-        """Returns a Flax collection as Haiku takes it."""
-        flat = flatten(self.names, collection, tree)
-        for values in flat.values():
-            for name, value in values.items():
-                if isinstance(value, meta.AxisMetadata):
-                    values[name] = value.unbox()
-        self._loaded[collection] = flat
-        for module_name in flat:
-            path = self.names.path(module_name)
-            for depth, part in enumerate(path):
-                self._submodules.setdefault((collection, path[:depth]), set()).add(part)
-        return flat
+        if load:
+            variables = scope.variables()
+            for collection in self._found:
+                flat = flatten(names, collection, variables.get(collection, {}))
+                self._found[collection] = {
+                    module: {name: _unbox(value) for name, value in values.items()}
+                    for module, values in flat.items()
+                }
+        self.params, self.state = self._found["params"], self._found["state"]
 
     def scope(self, module_name: str) -> Scope:
         """Returns the Flax scope of the Haiku module with this name."""
         path = self.names.path(module_name)
-        scope = self._scopes.get(path)
-        if scope is None:
-            scope = self._root
-            for depth, part in enumerate(path, start=1):
-                parent = scope
-                scope = self._scopes.get(path[:depth])
-                if scope is None:
-                    taken = parent.reservations.get(part, {None})
-                    if None not in taken:
-                        raise _name_clash(module_name, part, parent)
-                    scope = self._scopes[path[:depth]] = parent.push(part, reuse=True)
-        return scope
+        for depth, part in enumerate(path, start=1):
+            if path[:depth] not in self._scopes:
+                parent = self._scopes[path[: depth - 1]]
+                if None not in parent.reservations.get(part, {None}):
+                    raise _name_clash(module_name, part, parent)
+                self._scopes[path[:depth]] = parent.push(part, reuse=True)
+        return self._scopes[path]
 
     def knows(self, path: Path) -> bool:
         """Returns whether the level at ``path`` has a scope already."""
@@ -98,7 +74,53 @@ class Store:
         """Returns the paths that were in use, with their scopes."""
         return [item for item in self._scopes.items() if item[0]]
 
-    def create_parameter(
+    @contextlib.contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Returns the context of the run."""
+        with (
+            hk.custom_creator(self._create_parameter),
+            hk.custom_creator(self._create_state, params=False, state=True),
+            hk.custom_getter(self._get_parameter),
+            hk.custom_setter(self._note_write),
+        ):
+            yield
+
+    def keep(self, collection: str, tree: Tree) -> None:
+        """Puts the values that Haiku made by itself into the Flax scopes."""
+        for scope, name, value in self._not_found(collection, tree):
+            if not scope.has_variable(collection, name):
+                _reserve(scope, collection, name)
+                scope.put_variable(collection, name, value)
+
+    def keep_changed(self, state: Tree) -> None:
+        """Puts the state that the code wrote into the Flax scopes."""
+        for scope, name, value in self._not_found("state", state):
+            if scope.has_variable("state", name):
+                value = meta.replace_boxed(scope.get_variable("state", name), value)
+            scope.put_variable("state", name, value)
+
+    def _is_written(self, name: str) -> bool:
+        """Returns whether state of this name may have changed.
+
+        An inner transform hands back what it only read, as another object; where state is
+        immutable, that must not count.  It calls the setter under names of its own.
+        """
+        is_mutable = self._root.is_mutable_collection("state")
+        return is_mutable or name.rpartition("/")[2] in self._written
+
+    def _not_found(self, collection: str, tree: Tree) -> Iterator[tuple[Scope, str, Any]]:
+        """Yields scope, Flax name and value of what is another than was found."""
+        found = self._found[collection]
+        for module_name, name, value in hk.data_structures.traverse(tree):
+            is_found = value is found.get(module_name, {}).get(name)
+            if is_found or (collection == "state" and not self._is_written(name)):
+                continue
+            scope = self.scope(module_name)
+            key = self.names.key(collection, module_name, name, value)
+            is_level = isinstance(scope.get_variable(collection, key), Mapping)
+            yield scope, key + "~" if is_level and not key.endswith("~") else key, value
+
+    def _create_parameter(
         self,
         next_creator: Callable[..., Any],
         shape: Sequence[int],
@@ -111,57 +133,39 @@ class Store:
             return next_creator(shape, dtype, init)
         if context.full_name in self._created:
             return hk.DO_NOT_STORE
-        module_name, scope, name = self._target("params", context)
-        if scope.has_variable("params", name):
-            if self._is_module(module_name, name):
-                raise _name_clash(context.full_name, name, scope)
-            value = meta.unbox(scope.get_variable("params", name))
-            self._check_shape(value, context)  # a tree in its place was not loaded
-            return value
-        if not self.may_create:
-            self.flax_error = (
-                errors.ScopeCollectionNotFound("params", name, scope.path_text)
-                if scope.is_collection_empty("params")
-                else errors.ScopeParamNotFoundError(name, scope.path_text)
-            )
-        if not self.may_create or not self.place.is_here():
-            return next_creator(shape, dtype, init)
-        _reserve(scope, "params", name, context.full_name)
-        if isinstance(init, JaxInitializer):
-            keyed = init.init
-
-            def init(shape: Sequence[int], dtype: Any) -> Any:
-                return keyed(scope.make_rng("params"), tuple(shape), dtype)
-
-        value = next_creator(shape, dtype, init)
-        if value is hk.DO_NOT_STORE:
-            return value
-        scope.put_variable("params", name, value)
-        value = meta.unbox(value)
+        scope, name, is_there = self._find("params", context)
+        if is_there:
+            value = self._look_up("params", scope, name, context)
+        else:
+            may_create = scope.is_mutable_collection("params")
+            if may_create and not self.place.is_here():
+                return next_creator(shape, dtype, init)
+            if not may_create:
+                self._raise(context)
+            _reserve(scope, "params", name)
+            value = next_creator(shape, dtype, _in_scope(init, scope))
+            if value is hk.DO_NOT_STORE:
+                return value
+            scope.put_variable("params", name, value)
+            value = _unbox(value)
         if hk.running_init():
             return value
         # At apply Haiku's frame takes no new parameter; the getter supplies it.
         self._created[context.full_name] = value
         return hk.DO_NOT_STORE
 
-    def get_parameter(
+    def _get_parameter(
         self, next_getter: Callable[..., Any], value: Any, context: hk.GetterContext
     ) -> Any:
-        """Parameter getter: notes a wrong shape, which Haiku is about to refuse."""
+        """Parameter getter: raises Flax's error for a shape that Haiku is about to refuse."""
         if value is hk.DO_NOT_STORE:
             value = self._created.get(context.full_name, value)
-        else:
-            self._check_shape(value, context)
+        has_shape = getattr(value, "shape", None) == tuple(context.original_shape)
+        if not has_shape and value is not hk.DO_NOT_STORE and self.place.is_same_transform():
+            self._raise(context)
         return next_getter(value)
 
-    def _check_shape(self, value: Any, context: hk.GetterContext) -> None:
-        expected = tuple(context.original_shape)
-        if getattr(value, "shape", None) != expected:
-            shape = next((np.shape(leaf) for leaf in jax.tree.leaves(value)), None)
-            _, scope, name = self._target("params", context)
-            self.flax_error = errors.ScopeParamShapeError(name, scope.path_text, shape, expected)
-
-    def create_state(
+    def _create_state(
         self,
         next_creator: Callable[..., Any],
         shape: Sequence[int],
@@ -170,75 +174,61 @@ class Store:
         context: hk.GetterContext,
     ) -> Any:
         """State creator: takes the scope's value where there is one."""
-        self._written.add(context.name)
         if self.place.is_same_transform():
-            module_name, scope, name = self._target("state", context)
-            if scope.has_variable("state", name):
-                if self._is_module(module_name, name):
-                    raise _name_clash(context.full_name, name, scope)
-                return meta.unbox(scope.get_variable("state", name))
+            scope, name, is_there = self._find("state", context)
+            if is_there:
+                return self._look_up("state", scope, name, context)
+            if not scope.is_mutable_collection("state"):
+                scope.rewound().variable("state", name)  # raises Flax's error
         return next_creator(shape, dtype, init)
-
-    def note_writes(self) -> contextlib.AbstractContextManager[Any]:
-        """Returns a context in which ``store_changed`` can tell writes from reads."""
-        if self._root.is_mutable_collection("state"):
-            return contextlib.nullcontext()
-        return hk.custom_setter(self._note_write)
 
     def _note_write(
         self, next_setter: Callable[..., Any], value: Any, context: hk.SetterContext
     ) -> Any:
-        """State setter: notes the write; an inner transform hands back what it only read."""
+        """State setter: notes the write."""
         self._written.add(context.name)
         return next_setter(value)
 
-    def state_not_found(self, module_name: str, name: str) -> Exception:
-        """Returns Flax's error for state that there is not."""
-        scope = self.scope(module_name)
-        key = self.names.key("state", module_name, name)
-        if scope.is_collection_empty("state"):
-            return errors.ScopeCollectionNotFound("state", key, scope.path_text)
-        return errors.ScopeVariableNotFoundError(key, "state", scope.path_text)
-
-    def store_new(self, collection: str, tree: Tree) -> None:
-        """Puts the values that Haiku made by itself into the Flax scopes."""
-        for module_name, name, value in hk.data_structures.traverse(tree):
-            scope = self.scope(module_name)
-            key = self._key(collection, module_name, name, value)
-            if not scope.has_variable(collection, key):
-                _reserve(scope, collection, key, f"{module_name}/{name}")
-                scope.put_variable(collection, key, value)
-
-    def store_changed(self, state: Tree) -> None:
-        """Puts the state that changed into the Flax scopes."""
-        may_change = self._root.is_mutable_collection("state")
-        for module_name, name, value in hk.data_structures.traverse(state):
-            if value is self._loaded.get("state", {}).get(module_name, {}).get(name):
-                continue
-            if may_change or name.rpartition("/")[2] in self._written:
-                scope = self.scope(module_name)
-                key = self._key("state", module_name, name, value)
-                if scope.has_variable("state", key):
-                    value = meta.replace_boxed(scope.get_variable("state", key), value)
-                scope.put_variable("state", key, value)
-
-    def _target(self, collection: str, context: hk.GetterContext) -> tuple[str, Scope, str]:
-        """Returns the module, the scope and the Flax name of the value asked for now."""
+    def _find(self, collection: str, context: Context) -> tuple[Scope, str, bool]:
+        """Returns scope and Flax name of the value asked for now, and whether it is there."""
         module_name = hk.current_name()
         name = context.full_name.removeprefix(f"{module_name}/")  # may have a slash itself
-        return module_name, self.scope(module_name), self.names.key(collection, module_name, name)
+        scope, key = self.scope(module_name), self.names.key(collection, module_name, name)
+        is_there = scope.has_variable(collection, key)
+        if is_there and (*self.names.path(module_name), key) in self._scopes:
+            raise _name_clash(context.full_name, key, scope)
+        return scope, key, is_there
 
-    def _key(self, collection: str, module_name: str, name: str, value: Any) -> str:
-        submodules = self._submodules.get((collection, self.names.path(module_name)), ())
-        return self.names.key(collection, module_name, name, value, submodules)
+    def _look_up(self, collection: str, scope: Scope, key: str, context: Context) -> Any:
+        value = _unbox(scope.get_variable(collection, key))
+        found = self._found[collection].setdefault(hk.current_name(), {})
+        found[context.full_name.removeprefix(f"{hk.current_name()}/")] = value
+        return value
 
-    def _is_module(self, module_name: str, key: str) -> bool:
-        return (*self.names.path(module_name), key) in self._scopes
+    def _raise(self, context: hk.GetterContext) -> None:
+        """Raises what Flax does for a parameter that is missing or has another shape."""
+        scope, name, _ = self._find("params", context)
+        shape = tuple(context.original_shape)
+        scope.rewound().param(name, lambda _: jax.ShapeDtypeStruct(shape, "float32"))
+        # Flax lets pass what has no shape at all, and then fails elsewhere.
+        raise errors.ScopeParamShapeError(name, scope.path_text, None, shape)
 
 
-def _reserve(scope: Scope, collection: str, name: str, full_name: str) -> None:
-    if name in scope.reservations and None in scope.reservations[name]:
-        raise _name_clash(full_name, name, scope)
+def _in_scope(init: Callable[..., Any], scope: Scope) -> Callable[..., Any]:
+    """Returns an initializer that draws from the scope if it is one of JAX's."""
+    if not isinstance(init, JaxInitializer):
+        return init
+    keyed = init.init
+    return lambda shape, dtype: keyed(scope.make_rng("params"), tuple(shape), dtype)
+
+
+def _unbox(value: Any) -> Any:
+    return value.unbox() if isinstance(value, meta.AxisMetadata) else value
+
+
+def _reserve(scope: Scope, collection: str, name: str) -> None:
+    if None in scope.reservations.get(name, ()):
+        raise _name_clash(name, name, scope)
     if not scope.name_reserved(name, collection):
         scope.reserve(name, collection)
 
