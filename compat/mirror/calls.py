@@ -104,7 +104,10 @@ class Calls:
 
         def go_on(*args: Any, **kwargs: Any) -> Any:
             attempt = next(attempts, None) or self.unsent(module, method)
-            return attempt(*args, **kwargs)
+            output = attempt(*args, **kwargs)
+            # Haiku casts outside of this call; what is seen of it should have its final dtype.
+            policy = hk.mixed_precision.get_policy(type(module))
+            return output if policy is None else policy.cast_to_output(output)
 
         return self.watcher.send(module, method, go_on)(*args, **kwargs)
 

@@ -124,7 +124,11 @@ def snapshot(value: Any, copies: dict[int, Any]) -> Any:
         if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
             return jax.random.split(jax.random.key(0), value.shape)
         return jnp.zeros(value.shape, value.dtype)
-    leaves, treedef = jax.tree.flatten(value)
+    if isinstance(value, dict):  # JAX would sort its keys, which may not be comparable
+        entries = copy.copy(value)
+        entries.update({key: snapshot(entry, copies) for key, entry in value.items()})
+        return entries
+    entries, treedef = jax.tree.flatten(value, is_leaf=lambda node: node is not value)
     if jax.tree_util.treedef_is_leaf(treedef):
         return value
-    return jax.tree.unflatten(treedef, [snapshot(leaf, copies) for leaf in leaves])
+    return jax.tree.unflatten(treedef, [snapshot(entry, copies) for entry in entries])

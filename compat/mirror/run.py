@@ -82,10 +82,11 @@ class Run:
         except ValueError as error:
             if not is_missing_key(error):
                 raise
-            stream = "params" if self._scope.is_mutable_collection("params") else streams[0]
+            is_to_make = self._scope.is_mutable_collection("params")
+            stream, example = ("params", "params") if is_to_make else ("apply", "dropout")
             raise errors.InvalidRngError(
-                f'{self._host.name or type(self._host).__name__} needs PRNG for "{stream}": give '
-                f"rngs={{{stream!r}: key}}"
+                f'{self._host.name or type(self._host).__name__} needs PRNG for "{stream}": '
+                f"give rngs={{{example!r}: key}}"
             ) from error
         return outputs[0]
 
