@@ -128,7 +128,7 @@ def snapshot(value: Any, copies: dict[int, Any]) -> Any:
         entries = copy.copy(value)
         entries.update({key: snapshot(entry, copies) for key, entry in value.items()})
         return entries
-    entries, treedef = jax.tree.flatten(value, is_leaf=lambda node: node is not value)
+    children, treedef = jax.tree.flatten(value, is_leaf=lambda node: node is not value)
     if jax.tree_util.treedef_is_leaf(treedef):
         return value
-    return jax.tree.unflatten(treedef, [snapshot(entry, copies) for entry in entries])
+    return jax.tree.unflatten(treedef, [snapshot(child, copies) for child in children])
