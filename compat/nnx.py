@@ -49,10 +49,10 @@ import haiku_mlp
 from haiku_mlp.arguments import size
 
 from . import flax_adapter, functions, wrapping
-from .mirror.attributes import Source, abstract, find_layout
+from .mirror.attributes import Method, Source, abstract, find_layout
 from .mirror.caching import per_class
-from .mirror.names import Path, flatten, unflatten
-from .mirror.node_run import Run, get, put
+from .mirror.names import HaikuTree, Path, flatten, unflatten
+from .mirror.node_run import Run, put
 from .mirror.nodes import HaikuState as HaikuState
 from .mirror.nodes import Node, NodeClass, node_class, reserved
 from .mirror.private import original_function
@@ -63,9 +63,17 @@ class Face(Node):  # type: ignore[metaclass]
     """The root of a model."""
 
     def _build(
-        self, face: Mirrored, function: Callable[..., Any], example: tuple[Any, ...], rngs: nnx.Rngs
+        self,
+        face: Mirrored,
+        function: Callable[..., Any],
+        example: tuple[Any, ...],
+        rngs: nnx.Rngs,
+        method: Method = "__call__",
     ) -> None:
-        """Makes the modules and values of a Linen face, which a call of ``function`` has."""
+        """Makes the modules and values that a call of a Linen face's method makes.
+
+        ``function`` has the signature of the method.
+        """
         if not isinstance(example, tuple):
             raise TypeError(
                 f"example must be a tuple of arguments, got {type(example).__name__}: "
@@ -76,18 +84,18 @@ class Face(Node):  # type: ignore[metaclass]
         self._add_mode(function)
         kwargs = self._in_mode(function, example, {})
         arguments = abstract(*example, **kwargs)
-        source = Source(face, arguments, find_layout(face, arguments, reserved))
-        variables = face.lazy_init({"params": rngs.params()}, *example, **kwargs)
-        self._source, self._path = source, ()
-        for path, hk_cls in source.layout.classes.items():
+        layout = find_layout(face, method, arguments, reserved)
+        given: dict[str, Any] = {"method": method, **kwargs}
+        variables = face.lazy_init({"params": rngs.params()}, *example, **given)
+        self._source, self._path = Source(face, method, arguments, layout), ()
+        for path, hk_cls in layout.classes.items():
             if path:
-                setattr(self._at(path[:-1]), path[-1], node_class(hk_cls)(source, path))
-        trees = {name: flatten(face._names(), name, variables.get(name, {})) for name in _TYPES}
-        for value in source.layout.values:
-            array = trees[value.collection][value.module_name][value.name]
-            variable = _variable(_TYPES[value.collection], array)
-            setattr(self._at(value.path[:-1]), value.path[-1], variable)
-        if source.layout.draws:
+                setattr(self._at(path[:-1]), path[-1], node_class(hk_cls)(self._source, path))
+        trees = _haiku_trees(face, variables)
+        for collection, module_name, name, path in layout.values:
+            array = trees[collection][module_name][name]
+            setattr(self._at(path[:-1]), path[-1], _variable(_TYPES[collection], array))
+        if layout.draws:
             self.rngs = rngs.dropout.fork()
 
     def _at(self, path: Path) -> Any:
@@ -189,8 +197,21 @@ class Wrapped(Face):
 
     _face_class: type[Mirrored]
 
-    def __init__(self, *args: Any, example: tuple[Any, ...], rngs: nnx.Rngs, **kwargs: Any):
-        self._build(_make(self._face_class, args, kwargs), self.__call__, example, rngs)
+    def __init__(
+        self,
+        *args: Any,
+        example: tuple[Any, ...],
+        rngs: nnx.Rngs,
+        method: Method = "__call__",
+        **kwargs: Any,
+    ):
+        if not callable(method) and not hasattr(self, method):
+            raise TypeError(
+                f"{type(self).__name__} has no {method}: give method=, the name of a method that "
+                "takes example, or a function of the module that calls several"
+            )
+        function = functools.partial(method, self) if callable(method) else getattr(self, method)
+        self._build(_make(self._face_class, args, kwargs), function, example, rngs, method)
 
 
 @per_class
@@ -260,8 +281,8 @@ def get_variables(model: Face) -> dict[str, Any]:
       >>> params["mlp/block/linear_0"]["w"].shape
       (3, 1)
     """
-    face, values = model._source.face, Run(model._source, (), model).values
-    return {name: unflatten(face._names(), name, tree) for name, tree in values.items() if tree}
+    names = model._source.face._names()
+    return {name: unflatten(names, name, tree) for name, tree in Run(model).load().items() if tree}
 
 
 def set_variables(model: Face, variables: Mapping[str, Any]) -> None:
@@ -283,27 +304,26 @@ def set_variables(model: Face, variables: Mapping[str, Any]) -> None:
       >>> variables = compat.MLP().init(jax.random.key(1), jax.numpy.ones(3))
       >>> compat_nnx.set_variables(model, variables)
     """
-    face, layout = model._source.face, model._source.layout
-    trees = {name: flatten(face._names(), name, variables.get(name, {})) for name in _TYPES}
-    given = {
-        (collection, module_name, name): array
-        for collection, tree in trees.items()
-        for module_name, name, array in hk.data_structures.traverse(tree)
-    }
-    known = {
-        value[:3]: getattr(model._at(value.path[:-1]), value.path[-1]) for value in layout.values
-    }
-    for key in [*known.keys() - given.keys(), *given.keys() - known.keys()]:
-        what = "is missing" if key in known else "is unknown"
-        raise ValueError(f"{'/'.join(key)} {what}: give the variables of the same model")
-    for key, variable in known.items():
-        if jnp.shape(given[key]) != jnp.shape(get(variable)):
+    variables = meta.unbox(variables)
+    known, given = _shapes(get_variables(model)), _shapes(variables)
+    for key in [*known, *given]:
+        if known.get(key) != given.get(key):
             raise ValueError(
-                f"{'/'.join(key)} must have the shape {jnp.shape(get(variable))}, "
-                f"got {jnp.shape(given[key])}"
+                f"variables{key} must have the shape {known.get(key, 'of nothing')}, got "
+                f"{given.get(key, 'nothing')}: give the variables of the same model"
             )
-    for key, variable in known.items():
-        put(variable, given[key])
+    trees = _haiku_trees(model._source.face, variables)
+    for collection, module_name, name, path in model._source.layout.values:
+        put(model._at(path), trees[collection][module_name][name])
+
+
+def _haiku_trees(face: Mirrored, variables: Mapping[str, Any]) -> dict[str, HaikuTree]:
+    return {name: flatten(face._names(), name, variables.get(name, {})) for name in _TYPES}
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves}
 
 
 def _make(face_class: type[Mirrored], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mirrored:

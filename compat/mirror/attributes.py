@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import types
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,8 @@ from .names import Names, Path
 from .rows import Mirrored, snapshot
 from .run import NameScope, is_missing_key
 
-Example = tuple[Any, ...]
+Method = str | Callable[..., Any]
+Arguments = tuple[Any, ...]
 Reserved = Callable[[type[hk.Module]], Collection[str]]
 
 
@@ -32,7 +34,7 @@ class Layout:
     """The tree of attributes of a model.
 
     Attributes:
-      modules: Path of each Haiku module, by its name.
+      modules: Path of each Haiku module, by its name; ``~`` is outside of any.
       classes: Haiku class at each path, the levels above first.
       values: The values in Haiku's order.
       draws: Whether a call draws random keys.
@@ -44,7 +46,40 @@ class Layout:
     draws: bool
 
 
-def abstract(*args: Any, **kwargs: Any) -> Example:
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a tree of nodes comes from, the same object in all of them.
+
+    Equal sources are equal models: the layout follows from the rest.
+
+    Attributes:
+      face: The Linen face.
+      method: A method of it, or a function of the face.
+      arguments: The arguments of a call, from ``abstract``.
+      layout: What that call makes.
+    """
+
+    face: Mirrored
+    method: Method
+    arguments: Arguments
+    layout: Layout = dataclasses.field(compare=False, repr=False)
+
+    def module(self, path: Path) -> hk.Module:
+        """Returns the Haiku module at a path, to be run by itself."""
+        names = [name for name, known in self.layout.modules.items() if known == path]
+        module = _Trace(self.face, self.method, self.arguments, wanted=names[:1]).found
+        if module is None:
+            raise ValueError(
+                f"{'.'.join(path)} cannot run by itself: Haiku calls it inside hk.scan, hk.vmap, "
+                "hk.remat or the like, or it keeps an array of the model's call; call the model"
+            )
+        return module
+
+    def __deepcopy__(self, memo: Any) -> "Source":
+        return self
+
+
+def abstract(*args: Any, **kwargs: Any) -> Arguments:
     """Returns the arguments of a call without the entries of their arrays, hashable."""
     leaves, treedef = jax.tree.flatten((args, kwargs))
     return treedef, *(
@@ -53,7 +88,7 @@ def abstract(*args: Any, **kwargs: Any) -> Example:
     )
 
 
-def find_layout(face: Mirrored, example: Example, reserved: Reserved) -> Layout:
+def find_layout(face: Mirrored, method: Method, arguments: Arguments, reserved: Reserved) -> Layout:
     """Returns the layout of a Flax face, as a call of its Haiku code gives it.
 
     Attributes have Haiku's names, a leading ``~`` left out if the rest is unique; those
@@ -61,101 +96,31 @@ def find_layout(face: Mirrored, example: Example, reserved: Reserved) -> Layout:
     module are the root's.
 
     Args:
-      face: The Linen face.
-      example: What ``abstract`` returns for the arguments of its call.
+      face, method, arguments: As in ``Source``.
       reserved: Attributes that the node of a Haiku class has for itself.
     """
-    seen = _Seen()
-    params, state = _trace(face, example, seen)
+    trace = _Trace(face, method, arguments)
     names = face._names()
-    module_names = [*seen.classes, *params, *state]
-    parts = {name: _parts(names, name) for name in dict.fromkeys(module_names)}
-    parts_classes = {parts[name]: hk_cls for name, hk_cls in seen.classes.items()}
-    tree = _Attributes(parts.values(), lambda path: reserved(parts_classes.get(path, NameScope)))
+    module_names = dict.fromkeys([*trace.classes, *trace.params, *trace.state])
+    parts = {name: _parts(names, name) for name in module_names}
+    classes = {parts[name]: hk_cls for name, hk_cls in trace.classes.items()}
+    tree = _Attributes(parts.values(), lambda level: reserved(classes.get(level, NameScope)))
     values = [
         Value(collection, module_name, name, tree.add(parts[module_name], key))
-        for collection, values in (("params", params), ("state", state))
+        for collection, values in (("params", trace.params), ("state", trace.state))
         for module_name, name, value in hk.data_structures.traverse(values)
         for key in [names.key(collection, module_name, name, value)]
     ]
     return Layout(
-        {name: tree.paths[path] for name, path in parts.items()},
-        {path: parts_classes.get(known, NameScope) for known, path in tree.paths.items()},
+        {"~": (), **{name: tree.paths[level] for name, level in parts.items()}},
+        {path: classes.get(level, NameScope) for level, path in tree.paths.items()},
         tuple(values),
-        seen.draws,
+        trace.draws,
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Where a tree of nodes comes from, the same object in all of them.
-
-    Equal sources are equal models: what follows from the two fields is not compared.
-    """
-
-    face: Mirrored
-    example: Example
-    layout: Layout = dataclasses.field(compare=False, repr=False)
-
-    def module(self, path: Path) -> hk.Module:
-        """Returns the Haiku module at a path, to be run by itself."""
-        names = [name for name, known in self.layout.modules.items() if known == path]
-        seen = _Seen(wanted=names[0] if names else "")
-        _trace(self.face, self.example, seen)
-        if seen.module is None:
-            raise ValueError(
-                f"{'.'.join(path)} cannot run by itself: Haiku calls it inside hk.scan, hk.vmap, "
-                "hk.remat or the like; call the model"
-            )
-        return seen.module
-
-    def __deepcopy__(self, memo: Any) -> "Source":
-        return self
-
-
-@dataclasses.dataclass
-class _Seen:
-    """What shows in a call of a Flax face: the classes by module name, one module.
-
-    Nothing in it is of the trace, which ends.
-    """
-
-    wanted: str = ""
-    classes: dict[str, type[hk.Module]] = dataclasses.field(default_factory=dict)
-    module: hk.Module | None = None
-    draws: bool = False
-
-
-class _Modules:
-    """A watcher that notes the modules."""
-
-    def __init__(self) -> None:
-        self.modules: dict[str, hk.Module] = {}
-
-    def send(self, module: hk.Module, method: str, go_on: Call) -> Call:
-        self.modules[module.module_name] = module
-        return go_on
-
-    def module(self, module_name: str) -> Any:
-        """Intermediate values are no matter here."""
-        return SILENT
-
-
-class _Silent:
-    """Stands for a module where nobody looks at its intermediate values."""
-
-    def perturb(self, name: str, value: Any, collection: str) -> Any:
-        return value
-
-    def sow(self, collection: str, name: str, value: Any) -> bool:
-        return False
-
-
-SILENT = _Silent()
-
-
 class _Attributes:
-    """Gives names to attributes: ``paths`` leads from joined Haiku names to them."""
+    """Gives names to attributes: ``paths`` leads from levels of Haiku names to them."""
 
     def __init__(self, parts: Iterable[Path], reserved: Callable[[Path], Collection[str]]):
         self.paths: dict[Path, Path] = {(): ()}
@@ -164,18 +129,17 @@ class _Attributes:
         levels = dict.fromkeys(p[:depth] for p in parts for depth in range(1, len(p) + 1))
         for level in sorted(levels, key=len):
             *_, part = level
-            plain = _plain(part)
-            rivals = [known for known in levels if known[:-1] == level[:-1] and known != level]
-            unique = part == plain or plain not in (_plain(known[-1]) for known in rivals)
-            self.paths[level] = self.add(level[:-1], plain if unique else part)
+            plain = [_plain(known[-1]) for known in levels if known[:-1] == level[:-1]]
+            unique = plain.count(_plain(part)) == 1
+            self.paths[level] = self.add(level[:-1], _plain(part) if unique else part)
 
-    def add(self, parts: Path, name: str) -> Path:
+    def add(self, level: Path, name: str) -> Path:
         """Returns the path of a new attribute of a level."""
-        taken = self._taken.setdefault(parts, {*self._reserved(parts)})
+        taken = self._taken.setdefault(level, {*self._reserved(level)})
         while name in taken:
             name += "_"
         taken.add(name)
-        return (*self.paths[parts], name)
+        return (*self.paths[level], name)
 
 
 def _parts(names: Names, module_name: str) -> Path:
@@ -188,36 +152,69 @@ def _plain(part: str) -> str:
     return re.sub(r"^/?(~[^/]*/)*", "", part)
 
 
-def _trace(face: Mirrored, example: Example, seen: _Seen) -> tuple[Any, Any]:
-    """Returns the abstract parameters and state that a call of a face makes."""
-    treedef, *leaves = example
+# Stands for a module where nobody looks at its intermediate values.
+SILENT = types.SimpleNamespace(
+    perturb=lambda name, value, collection: value, sow=lambda collection, name, value: False
+)
 
-    def call(*args: Any, **kwargs: Any) -> None:
-        modules = _Modules()
-        calls = Calls(modules)
-        with calls.watched(), hk.custom_creator(_create_unboxed):
-            face._haiku()(*args, **kwargs)
-        seen.classes.update(calls.classes)
-        if seen.wanted in modules.modules:
-            with jax.ensure_compile_time_eval():
-                seen.module = snapshot(modules.modules[seen.wanted], {})
 
-    def run(arrays: list[jax.Array]) -> tuple[Any, Any]:
-        given = iter(arrays)
-        args, kwargs = treedef.unflatten(
-            next(given) if _is_abstract(leaf) else leaf for leaf in leaves
-        )
-        net = hk.transform_with_state(call)
-        params, state = net.init(jax.random.key(0), *args, **kwargs)
-        try:
-            net.apply(params, state, None, *args, **kwargs)
-        except ValueError as error:
-            if not is_missing_key(error):
-                raise
-            seen.draws = True
-        return params, state
+class _Trace:
+    """An abstract call of a Flax face, the watcher of its own Haiku code.
 
-    return jax.eval_shape(run, list(filter(_is_abstract, leaves)))
+    Attributes:
+      params, state: What it makes.
+      classes: The classes of the modules, by name.
+      draws: Whether it draws random keys after the initial values.
+      found: The wanted module as it is before its first call, if it can run by itself.
+    """
+
+    def __init__(
+        self, face: Mirrored, method: Method, arguments: Arguments, wanted: Collection[str] = ()
+    ):
+        self.classes: dict[str, type[hk.Module]] = {}
+        self.draws = False
+        self.found: hk.Module | None = None
+        self._wanted = wanted
+        treedef, *leaves = arguments
+
+        def call(*args: Any, **kwargs: Any) -> None:
+            calls = Calls(self)
+            with calls.watched(), hk.custom_creator(_create_unboxed):
+                call_method(face._haiku(), method, args, kwargs)
+            self.classes.update(calls.classes)
+
+        def run(arrays: list[jax.Array]) -> tuple[Any, Any]:
+            given = iter(arrays)
+            args, kwargs = treedef.unflatten(
+                next(given) if _is_abstract(leaf) else leaf for leaf in leaves
+            )
+            net = hk.transform_with_state(call)
+            params, state = net.init(jax.random.key(0), *args, **kwargs)
+            try:
+                net.apply(params, state, None, *args, **kwargs)
+            except ValueError as error:
+                if not is_missing_key(error):
+                    raise
+                self.draws = True
+            return params, state
+
+        self.params, self.state = jax.eval_shape(run, list(filter(_is_abstract, leaves)))
+
+    def send(self, module: hk.Module, method: str, go_on: Call) -> Call:
+        is_wanted = module.module_name in self._wanted and self.found is None
+        if is_wanted and not _holds_tracer(module, set()):
+            self.found = snapshot(module, {})
+        return go_on
+
+    def module(self, module_name: str) -> Any:
+        return SILENT
+
+
+def call_method(module: Any, method: Method, args: Iterable[Any], kwargs: dict[str, Any]) -> Any:
+    """Calls a method by its name, or a function of the module, as Flax's ``method`` does."""
+    if callable(method):
+        return method(module, *args, **kwargs)
+    return getattr(module, method)(*args, **kwargs)
 
 
 def _create_unboxed(
@@ -233,3 +230,14 @@ def _create_unboxed(
 
 def _is_abstract(leaf: Any) -> bool:
     return isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _holds_tracer(module: hk.Module, seen: set[int]) -> bool:
+    """Returns whether a module, or one that it holds, keeps an array of the trace it is from."""
+    seen.add(id(module))
+    return any(
+        _holds_tracer(leaf, seen)
+        if isinstance(leaf, hk.Module) and id(leaf) not in seen
+        else isinstance(leaf, jax.core.Tracer)
+        for leaf in jax.tree.leaves(list(vars(module).values()))
+    )

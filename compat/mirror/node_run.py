@@ -8,17 +8,17 @@ native model (``nnx.tabulate``, ``nnx.capture``), and a submodule can be replace
 
 import contextlib
 import contextvars
-import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import haiku as hk
 import jax
 from flax import nnx
 
-from .attributes import SILENT, Source
+from .attributes import SILENT, Method, Source, call_method
 from .calls import Call, Calls
-from .names import Path
+from .names import HaikuTree, Path
 from .private import is_capturing
 from .run import haiku_key, is_missing_key
 
@@ -32,34 +32,41 @@ class StandIn(nnx.Module):
         _source: Source
         _path: Path
 
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Method used by ``nnx.view``.
+
+        Args:
+          deterministic: Whether ``is_training`` is False where a call does not give it.
+        """
+        if deterministic is not None and hasattr(self, "deterministic"):
+            self.deterministic = deterministic
+
+
+# The names of methods that a node has from Flax, not from Haiku.
+FLAX_METHODS = frozenset(dir(StandIn))
+
 
 class Run:
     """One run of Haiku code on the values of a tree of nodes.
 
     Args:
-      source: Where the tree comes from.
-      path: The attributes that lead from the tree's root to ``node``.
       node: The node whose method runs.
       outer: The run that sent the call, from another trace.  What the code uses outside
         of ``node`` is that of the outer run, and is not written.
     """
 
-    def __init__(self, source: Source, path: Path, node: StandIn, outer: "Run | None" = None):
-        self.source = source
+    def __init__(self, node: StandIn, outer: "Run | None" = None):
         self.calls = Calls(self)
         self.drew = False
-        self._path = path
         self._node = node
         self._outer = outer
-        self._sent_to: set[str] = set()
+        self._sent: set[str] = set()
         self._written: set[str] = set()
-        self.values: dict[str, dict[str, dict[str, Any]]] = {"params": {}, "state": {}}
-        self._load()
 
     def __call__(
         self,
         make: Callable[[], Any],
-        method: str,
+        method: Method,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         key: jax.Array | None,
@@ -74,16 +81,22 @@ class Run:
                 hk.custom_setter(self._note_write),
             ):
                 haiku = make()
-                is_module = isinstance(haiku, hk.Module)
-                output = (self.calls.unsent(haiku, method) if is_module else haiku)(*args, **kwargs)
+                if isinstance(haiku, hk.Module) and isinstance(method, str):
+                    output = self.calls.unsent(haiku, method)(*args, **kwargs)
+                else:
+                    output = call_method(haiku, method, args, kwargs)
             self.drew = haiku_key() is not first
             return output
 
         try:
-            params, state = self.values["params"], self.values["state"]
-            output, state = _transformed.apply(params, state, key, body)
+            output, state = _transformed.apply(*self.load().values(), key, body)
         except ValueError as error:
-            self._explain(error)
+            self._check_replaced()
+            if is_missing_key(error):
+                error.add_note(
+                    f"{type(self._node).__name__} has no stream of its own: give the call "
+                    "rngs=nnx.Rngs(...), or construct the model with an example in which it draws"
+                )
             raise
         self._check_replaced()
         self._keep(state)
@@ -91,44 +104,55 @@ class Run:
 
     def send(self, module: hk.Module, method: str, go_on: Call) -> Call:
         """Returns ``go_on`` as a method of the node that stands for ``module``."""
-        path = self.source.layout.modules.get(module.module_name)
-        node = None if path is None else self.find(path)
-        if node is None or path is None:
+        path, node = self._stand_in(module.module_name)
+        if method in FLAX_METHODS or not hasattr(node, method):
             return go_on
-        if not isinstance(node, StandIn):
-            self._sent_to.add(module.module_name)
-            return node if method == "__call__" else getattr(node, method)
-        if not hasattr(type(node), method):
-            return go_on
+        self._sent.add(module.module_name)
+        if not self._is_own(node, path):
+            return _as_called(getattr(node, method), getattr(module, method))
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            with _sending(Sent(self, path, node, module, go_on)):
+            with _sending(Sent(self, node, module, go_on)):
                 return getattr(node, method)(*args, **kwargs)
 
         return call
 
     def module(self, module_name: str) -> Any:
         """Returns the node to which a Haiku module's intermediate values go, if any are kept."""
-        node = self.find(self.source.layout.modules.get(module_name, ()))
-        return node if isinstance(node, StandIn) and is_capturing(node) else SILENT
+        path, node = self._stand_in(module_name)
+        return node if self._is_own(node, path) and is_capturing(node) else SILENT
+
+    def _stand_in(self, module_name: str) -> tuple[Path | None, Any]:
+        """Returns the path of a Haiku module, and what stands there."""
+        path = self._node._source.layout.modules.get(module_name)
+        return path, None if path is None else self.find(path)
 
     def find(self, path: Path) -> Any:
         """Returns what stands at a path, None where a submodule above has been replaced."""
-        depth = len(self._path)
-        if path[:depth] != self._path:
+        depth = len(self._node._path)
+        if path[:depth] != self._node._path:
             return None if self._outer is None else self._outer.find(path)
         node: Any = self._node
-        for part in path[depth:]:
-            node = getattr(node, part, None) if isinstance(node, StandIn) else None
+        for end in range(depth, len(path)):
+            node = getattr(node, path[end], None) if self._is_own(node, path[:end]) else None
         return node
 
-    def _load(self) -> None:
-        for value in self.source.layout.values:
-            node = self.find(value.path[:-1])
-            variable = getattr(node, value.path[-1], None) if isinstance(node, StandIn) else None
+    def load(self) -> dict[str, HaikuTree]:
+        """Returns the parameters and the state as Haiku has them."""
+        trees: dict[str, HaikuTree] = {"params": {}, "state": {}}
+        for value in self._node._source.layout.values:
+            variable = self.find(value.path)
             if variable is not None:
-                values = self.values[value.collection].setdefault(value.module_name, {})
-                values[value.name] = get(variable)
+                trees[value.collection].setdefault(value.module_name, {})[value.name] = get(
+                    variable
+                )
+        return trees
+
+    def _is_own(self, node: Any, path: Path | None) -> bool:
+        """Returns whether the code of a node is the one that this run has at a path."""
+        return (
+            isinstance(node, StandIn) and node._path == path and node._source == self._node._source
+        )
 
     def _refuse(
         self,
@@ -141,7 +165,7 @@ class Run:
         """Parameter creator: nothing is made in a call, so the parameter is missing."""
         if not self.calls.place.is_same_transform():
             return next_creator(shape, dtype, init)
-        where = ".".join(self._path) or "the model"
+        where = ".".join(self._node._path) or "the model"
         raise ValueError(
             f"{context.full_name!r} is no parameter of {where}: give an example that makes it; "
             "if it is that of another submodule, or has been replaced, call the model"
@@ -156,56 +180,43 @@ class Run:
 
     def _keep(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Puts the state that the code wrote into the nodes."""
-        values = self.source.layout.values
-        known = {(v.module_name, v.name): v for v in values if v.collection == "state"}
+        known = {
+            value[1:3]: value.path
+            for value in self._node._source.layout.values
+            if value.collection == "state"
+        }
         for module_name, name, value in hk.data_structures.traverse(state):
             if name.rpartition("/")[2] not in self._written:
                 continue
-            if (module_name, name) not in known:
+            path = known.get((module_name, name))
+            if path is None:
                 raise ValueError(
                     f"the call made new state, {name!r} of {module_name!r}: give an example "
                     "that makes it"
                 )
-            path = known[module_name, name].path
-            if path[: len(self._path)] == self._path:
-                put(getattr(self.find(path[:-1]), path[-1]), value)
+            if path[: len(self._node._path)] == self._node._path:
+                put(self.find(path), value)
 
     def _check_replaced(self) -> None:
         """Raises for a replaced submodule that the Haiku code called unseen."""
-        for name in sorted(self.calls.classes.keys() - self._sent_to):
-            path = self.source.layout.modules.get(name)
-            node = None if path is None else self.find(path)
-            if node is not None and not isinstance(node, StandIn):
+        for name in sorted(self.calls.classes.keys() - self._sent):
+            path, node = self._stand_in(name)
+            if node is not None and not self._is_own(node, path):
                 raise ValueError(
                     f"{'.'.join(path or ())} has been replaced by a {type(node).__name__}, but "
-                    "Haiku calls it inside hk.scan, hk.vmap, hk.remat or the like, where only its "
-                    "own module runs: put the original back, or change its Params"
+                    "Haiku calls a method that the other has not, or calls it inside hk.scan, "
+                    "hk.vmap, hk.remat or the like, where only its own module runs: put the "
+                    "original back, or change its Params"
                 )
 
-    def _explain(self, error: ValueError) -> None:
-        """Raises a clearer error for what Haiku lacked."""
-        self._check_replaced()
-        if is_missing_key(error):
-            raise ValueError(
-                f"{type(self._node).__name__} draws random keys in this call, but has no stream: "
-                "construct it with an example in which it draws (is_training=True), and rngs that "
-                "have a 'dropout' or default stream"
-            ) from error
 
-
-@dataclasses.dataclass
-class Sent:
+class Sent(NamedTuple):
     """A call of a Haiku module on its way through a node."""
 
     run: Run
-    path: Path
     node: StandIn
     module: hk.Module
     go_on: Call
-
-    def is_for(self, node: StandIn) -> bool:
-        """Returns whether the call is sent to ``node``, or to the one of which it is a copy."""
-        return type(node) is type(self.node) and node._path == self.node._path
 
     def arrive(
         self, node: StandIn, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -214,17 +225,18 @@ class Sent:
         with _sending(None):
             if self.run.calls.place.is_here():
                 return self.go_on(*args, **kwargs)
-            inner = Run(self.run.source, self.path, node, outer=self.run)
-            return inner(lambda: self.module, method, args, kwargs, haiku_key())
+            return Run(node, self.run)(lambda: self.module, method, args, kwargs, haiku_key())
 
 
 _sent: contextvars.ContextVar[Sent | None] = contextvars.ContextVar("sent", default=None)
 
 
 def sent_to(node: StandIn) -> Sent | None:
-    """Returns the call that is on its way to ``node``, if there is one."""
+    """Returns the call that is on its way to ``node``, or to the one of which it is a copy."""
     sent = _sent.get()
-    return sent if sent is not None and sent.is_for(node) else None
+    if sent is None or (type(node), node._path) != (type(sent.node), sent.node._path):
+        return None
+    return sent
 
 
 @contextlib.contextmanager
@@ -234,6 +246,22 @@ def _sending(sent: Sent | None) -> Iterator[None]:
         yield
     finally:
         _sent.reset(token)
+
+
+def _as_called(native: Callable[..., Any], method: Callable[..., Any]) -> Call:
+    """Returns a module's method as Haiku calls that of the module in whose place it is.
+
+    A native module takes no ``is_training``; it has ``train()`` and ``eval()``.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "is_training" in inspect.signature(native).parameters:
+            return native(*args, **kwargs)
+        bound = inspect.signature(method).bind(*args, **kwargs)
+        bound.arguments.pop("is_training", None)
+        return native(*bound.args, **bound.kwargs)
+
+    return call
 
 
 def get(variable: Any) -> Any:

@@ -13,8 +13,7 @@ from .attributes import Source
 from .caching import per_class
 from .calls import public_methods
 from .names import Path
-from .node_run import Run, StandIn, sent_to
-from .rows import snapshot
+from .node_run import FLAX_METHODS, Run, StandIn, sent_to
 
 
 class HaikuState(nnx.Variable):
@@ -43,7 +42,7 @@ class Node(StandIn, metaclass=NodeClass):
     @classmethod
     def __init_subclass__(cls, haiku: type[hk.Module] | None = None, **kwargs: Any) -> None:
         for name, method in ({} if haiku is None else public_methods(haiku)).items():
-            if name not in {*vars(cls), *dir(nnx.Module)} - {"__call__"}:
+            if name not in FLAX_METHODS.union(vars(cls)):
                 setattr(cls, name, _node_method(name, method))
         super().__init_subclass__(**kwargs)
 
@@ -79,9 +78,12 @@ class Node(StandIn, metaclass=NodeClass):
         sent = sent_to(self)
         if sent is not None:
             return sent.arrive(self, method, args, kwargs)
-        kwargs = self._in_mode(self._function(method), args, kwargs)
+        function = self._function(method)
         stream = getattr(self, "rngs", None)
-        run = Run(self._source, self._path, self)
+        if "rngs" in kwargs.keys() - inspect.signature(function).parameters.keys():
+            stream = kwargs.pop("rngs").dropout
+        kwargs = self._in_mode(function, args, kwargs)
+        run = Run(self)
         key = None if stream is None else nnx.clone(stream)()
         output = run(self._haiku, method, args, kwargs, key)
         if run.drew and stream is not None:
@@ -90,7 +92,7 @@ class Node(StandIn, metaclass=NodeClass):
 
     def _haiku(self) -> Any:
         """Returns the Haiku module; called inside a transform."""
-        return snapshot(self._source.module(self._path), {})
+        return self._source.module(self._path)
 
 
 def reserved(hk_cls: type[hk.Module]) -> set[str]:

@@ -1,0 +1,204 @@
+"""``compat.nnx``: methods, submodules, what they are replaced by, and what they are part of."""
+
+import pickle
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from comparison import assert_identical
+from flax import nnx
+from test_nnx import Net, X, make_mlp, make_net, make_stack, table_of
+
+import compat
+from compat import nnx as compat_nnx
+
+
+def test_other_methods_and_submodules_run_by_themselves():
+    model = make_net()
+    x = X @ model.linear.w[...] + model.linear.b[...][None]
+    for call in (model.linear, model.features, nnx.jit(model.linear)):
+        np.testing.assert_allclose(call(X), x, rtol=1e-12)
+    model.batch_norm(x, is_training=True)
+    assert model.batch_norm.mean_ema.counter[...] == 1
+    block = make_mlp().block
+    assert_identical(block(X).squeeze(-1), make_mlp()(X))
+
+
+def test_a_submodule_that_needs_others_does_not_run_by_itself():
+    with pytest.raises(ValueError, match=r"'linear/w' is no parameter of sequential: .* call the"):
+        make_stack().sequential(X)
+
+
+class Scanned(hk.Module):
+    def __call__(self, x):
+        linear = hk.Linear(3)
+        return hk.scan(lambda x, _: (linear(x), None), x, None, 2)[0]
+
+
+def test_replacing_a_submodule():
+    model, other = make_mlp(), make_mlp(7)
+    model.block.linear_0 = nnx.Linear(3, 4, rngs=nnx.Rngs(1))
+    x = jax.nn.gelu(model.block.linear_0(X))
+    assert_identical(model(X), model.block.linear_1(x).squeeze(-1))
+    grads = nnx.grad(lambda model: model(X).sum())(model)
+    assert (grads["block"]["linear_0"]["kernel"][...] != 0).any()
+    assert table_of(model, X)[2][:2] == ["block/linear_0", "Linear"]
+
+    model.block.linear_0 = other.block.linear_0  # one of ours
+    x = jax.nn.gelu(other.block.linear_0(X))
+    assert_identical(model(X), model.block.linear_1(x).squeeze(-1))
+
+    model.block = nnx.Linear(3, 1, rngs=nnx.Rngs(1))  # with all that it has
+    assert_identical(model(X), model.block(X).squeeze(-1))
+
+
+def test_a_replaced_submodule_that_would_not_run_is_an_error():
+    model = compat_nnx.wrap(Scanned)(example=(X,), rngs=nnx.Rngs(0))
+    model.linear.w[...] = jnp.eye(3)
+    assert (model(X) == X).all()
+    model.linear = nnx.Linear(3, 3, rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match=r"replaced by a Linear, but Haiku .* inside hk.scan"):
+        model(X)
+
+
+def test_state_that_the_example_does_not_make_is_an_error():
+    def function(x, is_first):
+        if not is_first:
+            hk.set_state("last", x)
+        return x
+
+    model = compat_nnx.HaikuFunction(function, example=(X, True), rngs=nnx.Rngs(0))
+    assert (model(X, True) == X).all()
+    with pytest.raises(ValueError, match="the call made new state, 'last'"):
+        model(X, False)
+
+
+def test_an_other_modules_code_runs_in_its_place():
+    model, other = make_mlp(), make_mlp(hidden_activations=jnp.tanh)
+    model.block = other.block
+    assert_identical(model(X), other(X))
+    model.block.linear_0 = other.block.linear_1 = compat_nnx.wrap(hk.Linear)(
+        4, example=(X,), rngs=nnx.Rngs(1)
+    )
+    x = jnp.tanh(model.block.linear_0(X))
+    other.block.linear_1 = make_mlp().block.linear_1
+    assert_identical(model(X), other.block.linear_1(x).squeeze(-1))
+
+
+def test_a_native_module_follows_train_and_eval():
+    x = X.astype(np.float32)
+    model = compat_nnx.wrap(Net)(4, example=(x,), rngs=nnx.Rngs(0))
+    model.batch_norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+    mean = model.batch_norm.mean[...]
+    model(x)
+    assert (model.batch_norm.mean[...] != mean).all()
+    model.eval()
+    mean = model.batch_norm.mean[...]
+    model(x)
+    assert (model.batch_norm.mean[...] == mean).all()
+
+
+def test_a_native_module_has_not_all_methods():
+    model = make_mlp()
+    model.block.linear_0 = nnx.Linear(3, 4, rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match=r"linear_0 has been replaced .* a method that the other"):
+        model.tangent_kernel(X)
+
+
+class Scaled(hk.Module):
+    def __init__(self, name=None):
+        super().__init__(name)
+        self.scale = hk.get_parameter("scale", (), init=jnp.ones)
+
+    def __call__(self, x):
+        return self.scale * x
+
+
+def test_a_submodule_that_keeps_an_array_does_not_run_by_itself():
+    model = compat_nnx.HaikuFunction(lambda x: Scaled()(x), example=(X,), rngs=nnx.Rngs(0))
+    model.scaled.scale[...] = jnp.array(2.0)
+    assert (model(X) == 2 * X).all()
+    with pytest.raises(ValueError, match=r"scaled cannot run by itself: .* keeps an array"):
+        model.scaled(X)
+    alone = compat_nnx.wrap(Scaled)(example=(X,), rngs=nnx.Rngs(0))
+    assert (alone(X) == X).all()
+
+
+class AutoEncoder(hk.Module):
+    """Methods with parameters of their own, one of which Flax has a method of that name for."""
+
+    def encode(self, x):
+        return hk.Linear(2, name="encoder")(x)
+
+    def train(self, x):
+        return hk.Linear(3, name="decoder")(self.encode(x))
+
+    def decode(self, z, is_training=False):
+        return hk.Linear(3, name="decoder")(z) * (2 if is_training else 1)
+
+
+def test_the_method_that_makes_the_parameters():
+    make = compat_nnx.wrap(AutoEncoder)
+    with pytest.raises(TypeError, match="AutoEncoder has no __call__: give method="):
+        make(example=(X,), rngs=nnx.Rngs(0))
+    model = make(example=(X,), rngs=nnx.Rngs(0), method="encode")
+    assert not hasattr(model, "decoder")
+    with pytest.raises(ValueError, match="~decode/decoder/w' is no parameter of the model"):
+        model.decode(model.encode(X))
+
+    def both(module, x, is_training=False):
+        return module.decode(module.encode(x), is_training)
+
+    model = make(example=(X,), rngs=nnx.Rngs(0), method=both)
+    z = X @ model.encoder.w[...]
+    np.testing.assert_allclose(model.encode(X), z, rtol=1e-12)
+    expected = z @ model.decoder.w[...]
+    np.testing.assert_allclose(model.decode(z), expected, rtol=1e-12)
+    model.train()
+    np.testing.assert_allclose(model.decode(z), 2 * expected, rtol=1e-12)
+
+
+def test_a_method_whose_name_flax_has():
+    model = compat_nnx.HaikuFunction(
+        lambda x: AutoEncoder().train(x), example=(X,), rngs=nnx.Rngs(0)
+    )
+    x = X @ model.auto_encoder.encoder.w[...]
+    np.testing.assert_allclose(model(X), x @ model.auto_encoder.decoder.w[...], rtol=1e-12)
+    model.train()  # Flax's own
+    compat.haiku_method("train")(model.auto_encoder, X)
+
+
+# What NNX does with a Haiku module in a native one.
+
+
+class Native(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(3, 3, rngs=rngs), make_net()])
+        self.head = compat_nnx.MLP(2, hidden_dims=(4,), rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.dropout(x))
+
+
+def test_in_a_native_module():
+    model = Native(nnx.Rngs(0))
+    rows = [row[0] for row in table_of(model, X)]
+    assert set(rows) > {"", "layers/0", "layers/1/head", "head/block/linear_0", "dropout"}
+    optimizer = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        loss, grads = nnx.value_and_grad(lambda model: ((model(X) - 1) ** 2).mean())(model)
+        optimizer.update(model, grads)
+        return loss
+
+    model.eval()
+    losses = [step(model, optimizer) for _ in range(10)]
+    assert losses[-1] < losses[0] / 2
+    assert_identical(pickle.loads(pickle.dumps(model))(X), model(X))
