@@ -86,6 +86,10 @@ class MLP(Perceptron, haiku=haiku_mlp.blocks.MLP):
     :class:`haiku_mlp.blocks.MLP` with the fields and the parameter tree of
     ``netket.nn.blocks.MLP``: ``Dense_0``, ``Dense_1``, ... with ``kernel`` and ``bias``.
 
+    Args:
+      output_dim: Number of outputs.  The other fields are those of :class:`compat.MLP`, but
+        for ``use_output_bias``, which is True here.
+
     Raises:
       ValueError: Both sizes are given, a size is not positive, the number of
         activations is not that of the hidden layers, or the precision is unknown.
@@ -104,27 +108,16 @@ class MLP(Perceptron, haiku=haiku_mlp.blocks.MLP):
     """
 
     output_dim: int = 1
-    """Number of outputs."""
     hidden_dims: int | tuple[int, ...] | None = None
-    """Sizes of the hidden layers: an int, or one for each layer."""
     hidden_dims_alpha: float | tuple[float, ...] | None = None
-    """Sizes of the hidden layers as multiples of the input size, in place of ``hidden_dims``."""
     param_dtype: Any = jnp.float64
-    """dtype of the parameters; a 64-bit one becomes 32-bit where x64 is off."""
     hidden_activations: Callable | tuple[Callable | None, ...] | None = jax.nn.gelu
-    """Activation after each hidden layer: one for all, or one (or None) for each."""
     output_activation: Callable | None = None
-    """Activation after the output layer."""
     use_hidden_bias: bool = True
-    """Whether the hidden layers have a bias."""
     use_output_bias: bool = True
-    """Whether the output layer has a bias."""
     precision: Any = None
-    """Precision of the products, see :class:`jax.lax.Precision`."""
     kernel_init: Callable = default_kernel_init
-    """Initializer of the weights, ``(key, shape, dtype)``."""
     bias_init: Callable = default_bias_init
-    """Initializer of the biases, ``(key, shape, dtype)``."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output_dim", size(self.output_dim, "output_dim"))

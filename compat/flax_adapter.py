@@ -25,6 +25,20 @@ class MLP(Perceptron, haiku=haiku_mlp.MLP):
     See :class:`haiku_mlp.MLP` for what to mind when it is the logarithm of a wave
     function.
 
+    Args:
+      hidden_dims: Sizes of the hidden layers: an int, or one for each layer.
+      hidden_dims_alpha: Sizes of the hidden layers as multiples of the input size, in place
+        of ``hidden_dims``.
+      param_dtype: dtype of the parameters; a 64-bit one becomes 32-bit where x64 is off.
+      hidden_activations: Activation after each hidden layer: one for all, or one (or None)
+        for each.
+      output_activation: Activation after the output layer.
+      use_hidden_bias: Whether the hidden layers have a bias.
+      use_output_bias: Whether the output layer has a bias.
+      precision: Precision of the products, see :class:`jax.lax.Precision`.
+      kernel_init: Initializer of the weights, ``(key, shape, dtype)``.
+      bias_init: Initializer of the biases, ``(key, shape, dtype)``.
+
     Raises:
       ValueError: Both sizes are given, a size is not positive, the number of
         activations is not that of the hidden layers, or the precision is unknown.
@@ -46,25 +60,15 @@ class MLP(Perceptron, haiku=haiku_mlp.MLP):
     """
 
     hidden_dims: int | tuple[int, ...] | None = None
-    """Sizes of the hidden layers: an int, or one for each layer."""
     hidden_dims_alpha: float | tuple[float, ...] | None = None
-    """Sizes of the hidden layers as multiples of the input size, in place of ``hidden_dims``."""
     param_dtype: Any = jnp.float64
-    """dtype of the parameters; a 64-bit one becomes 32-bit where x64 is off."""
     hidden_activations: Callable | tuple[Callable | None, ...] | None = jax.nn.gelu
-    """Activation after each hidden layer: one for all, or one (or None) for each."""
     output_activation: Callable | None = None
-    """Activation after the output layer."""
     use_hidden_bias: bool = True
-    """Whether the hidden layers have a bias."""
     use_output_bias: bool = False
-    """Whether the output layer has a bias."""
     precision: Any = None
-    """Precision of the products, see :class:`jax.lax.Precision`."""
     kernel_init: Callable = default_kernel_init
-    """Initializer of the weights, ``(key, shape, dtype)``."""
     bias_init: Callable = default_bias_init
-    """Initializer of the biases, ``(key, shape, dtype)``."""
 
     @nn.nowrap
     def _haiku(self) -> haiku_mlp.MLP:
