@@ -207,7 +207,11 @@ def _without_parameters(activation: Activation, z: jax.ShapeDtypeStruct) -> Acti
         of_one, parameters = jax.closure_convert(lambda z: activation(z), z)
     if not read:
         return activation
-    return jnp.vectorize(lambda z: of_one(z, *parameters), signature="(n)->(m)")
+
+    def of_all(parameters: list[jax.Array], z: jax.Array) -> jax.Array:
+        return jnp.vectorize(lambda z: of_one(z, *parameters), signature="(n)->(m)")(z)
+
+    return jax.tree_util.Partial(of_all, parameters)  # a tree of the parameters
 
 
 def _hidden_sizes(given: Arguments, input_size: int) -> tuple[int, ...]:

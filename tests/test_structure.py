@@ -462,6 +462,49 @@ class TestConnected:
         )
         jax.tree.map(lambda a, b: assert_close(a, b, 1e-12), ours, expected)
 
+    @pytest.mark.parametrize(
+        ("x_dtype", "values_dtype", "w_dtype"),
+        [
+            ("bool", "int8", "int32"),
+            ("int8", "float64", "bfloat16"),
+            ("int8", "complex64", "float32"),
+            ("bfloat16", "float64", "float32"),
+            ("bfloat16", "float16", "bfloat16"),
+            ("float32", "int8", "complex64"),
+        ],
+    )
+    def test_dtype_and_digits_of_a_call(self, x_dtype, values_dtype, w_dtype):
+        """Of ``x`` with its entries replaced, not those of ``x`` or ``values`` alone."""
+        x, values = spins(3, 4).astype(x_dtype), normal(6, 2, seed=1).astype(values_dtype)
+        layers = (structure.Layer(w=(4 * normal(4, 8)).astype(w_dtype), activation=jnp.tanh),)
+        sites = jnp.argsort(normal(6, 4, seed=2), axis=-1)[:, :2]
+        wide = x.astype(jnp.promote_types(x_dtype, values_dtype))
+        with jax.numpy_dtype_promotion("strict"):
+            ours = structure.connected(layers, x, sites, values)
+        expected = structure.forward(layers, changed(wide, sites, values.astype(wide.dtype)))
+        assert ours.dtype == expected.dtype
+        wider = jnp.promote_types(ours.dtype, float)  # NumPy has no bfloat16
+        assert_close(ours.astype(wider), expected.astype(wider), 30 * jnp.finfo(ours.dtype).eps)
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+    def test_an_entry_that_is_not_finite_is_replaced_or_spoils(self, bad):
+        layers = (structure.Layer(w=normal(4, 2), activation=jnp.tanh),)
+        x = normal(4).at[1].set(bad)
+        sites, values = jnp.array([[0, 1], [1, 3], [0, 2], [3, 3]]), normal(4, 2, seed=1)
+        outputs = structure.connected(layers, x, sites, values)
+        full = changed(x, sites, values)
+        assert_close(outputs[:2], structure.forward(layers, full[:2]), 1e-12)
+        assert np.isnan(outputs[2:]).all()
+        x = x.at[2].set(bad)
+        outputs = structure.connected(layers, x, jnp.array([[1, 2], [1, 0]]), values[:2])
+        np.testing.assert_array_equal(np.isnan(outputs).all(-1), [False, True])
+
+    def test_site_out_of_range_of_integers(self):
+        layers = (structure.Layer(w=jnp.arange(8).reshape(4, 2)),)
+        x = jnp.array([1, -1, 1, 1], jnp.int8)
+        outputs = structure.connected(layers, x, jnp.array([[4], [1]]), jnp.array([[1], [1]]))
+        np.testing.assert_array_equal(np.isnan(outputs), [[True, True], [False, False]])
+
     def test_wrong_arguments(self):
         layers = (structure.Layer(w=jnp.ones((4, 1))),)
         x, sites, values = normal(3, 4), jnp.zeros((5, 2), int), jnp.zeros((5, 2))

@@ -1,10 +1,9 @@
 """Outputs of a multi-layer perceptron at inputs that differ in a few entries."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 
+from haiku_mlp.linear import common_dtype
 from haiku_mlp.structure.layers import Layer, forward, map_samples
 
 
@@ -32,7 +31,9 @@ def connected(
         of one change must differ, or their changes add up.
 
     Returns:
-      ``(..., K, O)`` for ``O`` outputs; NaN for a site out of range.
+      ``(..., K, O)`` for ``O`` outputs, of the dtype of a call with ``x``, weights and
+      ``values`` promoted together.  NaN for a site out of range, and where an entry of ``x``
+      that is not finite is not replaced.
 
     Raises:
       ValueError: The shapes do not fit.
@@ -51,15 +52,9 @@ def connected(
     x, sites, values = jnp.asarray(x), jnp.asarray(sites), jnp.asarray(values)
     _check(x, sites, values)
     batch, changes = x.shape[:-1], sites.shape[-2:]
-    num_samples = math.prod(batch)
-    sites = jnp.broadcast_to(sites, batch + changes).reshape(num_samples, *changes)
-    values = jnp.broadcast_to(values, batch + changes).reshape(num_samples, *changes)
-    samples = (x.reshape(num_samples, x.shape[-1]), sites, values)
+    samples = (x, *(jnp.broadcast_to(a, batch + changes) for a in (sites, values)))
     widths = [layer.w.shape[-1] for layer in layers]
-    outputs = map_samples(
-        lambda *sample: _connected(layers, *sample), samples, entries=changes[0] * max(widths)
-    )
-    return outputs.reshape(*batch, *outputs.shape[1:])
+    return map_samples(_connected, layers, samples, len(batch), entries=changes[0] * max(widths))
 
 
 def _check(x: jax.Array, sites: jax.Array, values: jax.Array) -> None:
@@ -81,12 +76,30 @@ def _connected(
 ) -> jax.Array:
     """Returns ``(K, O)`` for one input ``(N,)``."""
     first, *rest = layers
-    w, z = first.w, first.affine(x)
-    dtype = jnp.result_type(z, values)
+    dtype = common_dtype(x, values, *(a for a in (first.w, first.b) if a is not None))
+    left = _left_over(x, sites).astype(dtype)
     # Integers overflow where a difference does not fit: int8 spins, unsigned occupations.
-    changes = values.astype(dtype) - x[sites].astype(dtype)
-    z = jnp.broadcast_to(z, (len(sites), *z.shape))
+    x, values, w = _finite(x).astype(dtype), values.astype(dtype), first.w.astype(dtype)
+    changes = values - x[sites]
+    z = jnp.expand_dims(first.affine(x), 0) + jnp.expand_dims(left, 1)
     for k in range(sites.shape[1]):
         rows = w.at[sites[:, k]].get(mode="fill", fill_value=jnp.nan)
         z += jnp.expand_dims(changes[:, k], 1) * rows
     return forward(tuple(rest), first.activate(z))
+
+
+def _finite(x: jax.Array) -> jax.Array:
+    """Returns ``x`` with zero for what is not finite: no sum gets rid of that again."""
+    return jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)) if _is_inexact(x) else x
+
+
+def _left_over(x: jax.Array, sites: jax.Array) -> jax.Array:
+    """Returns NaN ``(K,)`` for each change that leaves entries which are not finite, else 0."""
+    if not _is_inexact(x):
+        return jnp.zeros(len(sites))
+    is_bad = ~jnp.isfinite(x)
+    return jnp.where(jnp.sum(is_bad) > jnp.sum(is_bad[sites], axis=1), jnp.nan, 0.0)
+
+
+def _is_inexact(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)

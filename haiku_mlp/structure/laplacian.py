@@ -1,7 +1,6 @@
 """Value, gradient and Laplacian of a multi-layer perceptron in one forward pass."""
 
 import functools
-import math
 import operator
 from typing import Any, NamedTuple
 
@@ -68,14 +67,8 @@ def laplacian(layers: tuple[Layer, ...], x: jax.Array) -> Derivatives:
     x = jnp.asarray(x)
     if jnp.iscomplexobj(x):
         raise TypeError(f"x must be real, got {x.dtype}")
-    batch, num_inputs = x.shape[:-1], x.shape[-1]
     widths = [layer.w.shape[-1] for layer in layers]
-    derivatives = map_samples(
-        functools.partial(_laplacian, layers),
-        (x.reshape(math.prod(batch), num_inputs),),
-        entries=num_inputs * max(widths),
-    )
-    return jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), derivatives)
+    return map_samples(_laplacian, layers, (x,), x.ndim - 1, entries=x.shape[-1] * max(widths))
 
 
 class _Carry(NamedTuple):

@@ -1,9 +1,12 @@
 """The layers of a multi-layer perceptron as plain arrays and functions."""
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from haiku_mlp.arguments import Activation
 from haiku_mlp.linear import affine
@@ -43,19 +46,64 @@ def forward(layers: tuple[Layer, ...], x: jax.Array) -> jax.Array:
     return x
 
 
-def map_samples(function: Callable[..., Any], samples: tuple[jax.Array, ...], entries: int) -> Any:
-    """Returns ``jax.vmap(function)(*samples)``, on a CPU one block of samples at a time.
+def map_samples(
+    function: Callable[..., Any],
+    layers: tuple[Layer, ...],
+    samples: tuple[jax.Array, ...],
+    num_axes: int,
+    entries: int,
+) -> Any:
+    """Returns ``function(layers, *sample)`` of each sample, on a CPU one block at a time.
 
     What a function of many rows per sample computes on the way is larger than a CPU's
     cache, and moving it to memory and back costs more than the arithmetic.
 
     Args:
-      function: Function of one sample.
-      samples: Its arguments, each ``(B, ...)``.
-      entries: Entries of the largest array that it computes on the way.
+      function: Function of the layers and one sample.
+      layers: The layers.
+      samples: Arrays of samples, each ``(*batch, ...)``.
+      num_axes: Number of axes of ``batch``.
+      entries: Entries of the largest array that the function computes on the way.
     """
-    num_samples = len(samples[0])
-    block = max(1, _BLOCK_ENTRIES // max(1, entries))
-    if jax.default_backend() != "cpu" or num_samples <= block:
-        return jax.vmap(function)(*samples)
-    return jax.lax.map(lambda sample: function(*sample), samples, batch_size=block)
+    sharding = jax.typeof(samples[0]).sharding
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        over_devices = functools.partial(_map_shards, function, layers, num_axes, entries)
+        return jax.jit(over_devices)(*samples)
+    batch = samples[0].shape[:num_axes]
+    num_samples = math.prod(batch)
+    flat = tuple(a.reshape(num_samples, *a.shape[num_axes:]) for a in samples)
+    of_one = functools.partial(function, layers)
+    is_known = isinstance(num_samples * entries, int)  # jax.export has symbolic sizes
+    block = max(1, _BLOCK_ENTRIES // max(1, entries)) if is_known else 1
+    if jax.default_backend() != "cpu" or not is_known or num_samples <= block:
+        results = jax.vmap(of_one)(*flat)
+    else:
+        results = jax.lax.map(lambda sample: of_one(*sample), flat, batch_size=block)
+    return jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), results)
+
+
+def _map_shards(
+    function: Callable[..., Any],
+    layers: tuple[Layer, ...],
+    num_axes: int,
+    entries: int,
+    *samples: jax.Array,
+) -> Any:
+    """Maps on each device over its own samples: an Explicit mesh asks where all else goes."""
+    sharding = jax.typeof(samples[0]).sharding
+    mesh, batch = sharding.mesh, PartitionSpec(*sharding.spec[:num_axes])
+    # A shard_map takes arrays of such a mesh as arguments only, activations not at all.
+    leaves, structure = jax.tree.flatten(layers)
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
+
+    def map_own(arrays: dict[int, jax.Array], *own: jax.Array) -> Any:
+        replaced = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
+        return map_samples(
+            function, jax.tree.unflatten(structure, replaced), own, num_axes, entries
+        )
+
+    specs = (PartitionSpec(), *[batch] * len(samples))
+    placed = jax.sharding.reshard(
+        (arrays, *samples), tuple(NamedSharding(mesh, spec) for spec in specs)
+    )
+    return jax.shard_map(map_own, mesh=mesh, in_specs=specs, out_specs=batch)(*placed)
