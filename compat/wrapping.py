@@ -1,120 +1,84 @@
 """Any Haiku module class as a Flax module class."""
 
-import copyreg
 import dataclasses
-import enum
 import inspect
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, get_origin
+from functools import partial
+from typing import Any, ClassVar
 
 import haiku as hk
 import jax
 from flax import linen as nn
-from flax.core import FrozenDict, freeze, unfreeze
+from flax.core import FrozenDict
 
+from .arguments import Given, Slot, copied
 from .mirror.caching import per_class
 from .mirror.calls import public_methods
 from .mirror.names import Names
 from .mirror.rows import Mirrored
 
 
-class _Argument(enum.Enum):
-    """The default of a keyword-only argument that has none."""
-
-    MISSING = enum.auto()
-
-
-class WrappedClass(type(nn.Module)):  # type: ignore[misc]
-    """The class of the classes that ``wrap`` makes, which pickle cannot import."""
-
-
-class Wrapped(Mirrored, metaclass=WrappedClass):
+class Wrapped(Mirrored):
     """The base of the classes that ``wrap`` makes."""
 
-    if TYPE_CHECKING:
-        # What wrap finds out of the Haiku class; at run time an annotation makes a field.
-        _haiku_class: type[hk.Module]
-        _parameters: dict[str, inspect.Parameter]
-        _root: str | None
+    __signature__: ClassVar[inspect.Signature]
+    _haiku_class: ClassVar[type[hk.Module]]
+    # The names of its arguments, by the names that they have here.
+    _arguments: ClassVar[dict[str, str]]
+
+    haiku_arguments: Given
+    # Those of the arguments that are Flax modules: Flax looks for submodules in fields.
+    flax_modules: Mapping[str, nn.Module] = dataclasses.field(default=FrozenDict(), repr=False)
 
     @classmethod
     def __init_subclass__(cls, haiku: type[hk.Module] | None = None, **kwargs: Any) -> None:
         if haiku is not None:
-            cls._add_fields(haiku)
+            cls._haiku_class = haiku
+            cls._arguments, cls.__signature__ = _signature(haiku)
+        if "__init__" not in vars(cls):
+            cls.__init__ = _init  # type: ignore[method-assign]  # Flax's takes the fields
         super().__init_subclass__(haiku=haiku, **kwargs)
 
-    @classmethod
-    def _add_fields(cls, haiku: type[hk.Module]) -> None:
-        taken = _RESERVED.union(public_methods(haiku))
-        cls._haiku_class = haiku
-        cls._root = None
-        cls._parameters = {}
-        cls.__annotations__ = {}
-        for parameter in inspect.signature(haiku).parameters.values():
-            if parameter.name != "name":
-                field = parameter.name + "_" * (parameter.name in taken)
-                cls._parameters[field] = parameter
-                cls.__annotations__[field] = Any
-                default = _default(parameter)
-                # A dataclass wants the fields without a default first.
-                if default is not _Argument.MISSING or parameter.kind is parameter.KEYWORD_ONLY:
-                    setattr(cls, field, default)
-
-    def __post_init__(self) -> None:
-        for field in self._parameters:
-            value = _freeze(getattr(self, field))
-            if value is _Argument.MISSING:
-                raise TypeError(f"{type(self).__name__} needs the keyword argument {field!r}")
-            object.__setattr__(self, field, value)
-        super().__post_init__()
+    @nn.nowrap
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._arguments or "haiku_arguments" not in vars(self):
+            return super().__getattr__(name)
+        value = self.haiku_arguments.with_defaults()[self._arguments[name]]
+        return copied(value, _filling(self.flax_modules))
 
     @nn.nowrap
     def _names(self) -> Names:
-        if self._root is None:
-            type(self)._root = _module_name(self._haiku)
-        return Names(root=self._root)
+        roots = self.haiku_arguments.module_names
+        if self.name not in roots:
+            roots[self.name] = _module_name(self._haiku)
+        return Names(root=roots[self.name])
 
     @nn.nowrap
     def _haiku(self) -> hk.Module:
-        kinds = [parameter.kind for parameter in self._parameters.values()]
-        has_args = inspect.Parameter.VAR_POSITIONAL in kinds
-        args: list[Any] = []
-        kwargs: dict[str, Any] = {}
-        for field, parameter in self._parameters.items():
-            value = _thaw(getattr(self, field), parameter)
-            if parameter.kind is parameter.VAR_POSITIONAL:
-                args.extend(value)
-            elif parameter.kind is parameter.VAR_KEYWORD:
-                kwargs.update(value)
-            elif parameter.kind is parameter.POSITIONAL_ONLY or (
-                has_args and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-            ):
-                args.append(value)
-            else:
-                kwargs[parameter.name] = value
-        module = self._haiku_class(*args, **kwargs)
-        if self._root not in (None, module.module_name):
-            raise ValueError(
-                f"{self._haiku_class.__name__} names itself {module.module_name!r} here and "
-                f"{self._root!r} with other arguments: give HaikuFunction a function that calls it"
-            )
-        return module
+        name = self.name or self._haiku_class.__name__.lower()
+        return self.haiku_arguments.construct(name, _filling(self.flax_modules))
 
+    @nn.nowrap
     def __reduce__(self) -> tuple[Any, ...]:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
-        cls = self._haiku_class if _is_made_by_wrap(type(self)) else type(self)
+        is_made_by_wrap = type(self) is _flax_class(self._haiku_class)
+        cls = self._haiku_class if is_made_by_wrap else type(self)
         return _rebuild, (cls, {**fields, "parent": None})
 
 
 def wrap(hk_cls: type[hk.Module]) -> type[Mirrored]:
     """Returns the Flax module class of a Haiku module class.
 
-    Its fields are the arguments of the constructor, ``name`` apart, in their order and
-    with their defaults.  Lists and dicts are frozen, so that equal configurations are
-    equal; ``*args`` and ``**kwargs`` are a tuple and a dict field.  Its methods are the
-    public methods of ``hk_cls``.  A name that Flax needs for itself (``init``,
-    ``apply``, ``copy``, ``path``, ...) gets a ``_`` behind it as a field, and is left
-    out as a method: :func:`haiku_method` reaches it.
+    It takes the arguments of the Haiku constructor and hands them on as they are;
+    ``model.argument`` reads one, ``model.clone(argument=...)`` changes one.  ``name`` and
+    ``parent`` are Flax's; a class that needs a ``name`` gets that of the Flax module, or
+    else its own in small letters.  Models are equal if their arguments are, in value, type
+    and order.  An argument that is a Flax module (``wrap(...)(...)`` of a Haiku one) is a
+    submodule, ``flax_modules_`` before its name.
+
+    The methods are the public methods of ``hk_cls``.  A name that Flax needs for itself
+    (``init``, ``apply``, ``copy``, ``path``, ...) gets a ``_`` behind it as an argument, and
+    is left out as a method: :func:`haiku_method` reaches it.
 
     The Flax tree has Haiku's names, one level a module, without that of the wrapped
     module itself.  State is the collection ``state``.
@@ -138,9 +102,10 @@ def wrap(hk_cls: type[hk.Module]) -> type[Mirrored]:
       {'params': {'b': (3,), 'w': (4, 3)}}
     """
     if not (isinstance(hk_cls, type) and issubclass(hk_cls, hk.Module)):
-        raise TypeError(
-            f"wrap takes a subclass of hk.Module, got {hk_cls!r}: give a function to HaikuFunction"
-        )
+        advice = "give a function to HaikuFunction"
+        if isinstance(hk_cls, hk.Module):
+            advice = f"give the class first, wrap({type(hk_cls).__name__})(...)"
+        raise TypeError(f"wrap takes a subclass of hk.Module, got {hk_cls!r}: {advice}")
     return _flax_class(hk_cls)
 
 
@@ -176,33 +141,77 @@ def haiku_method(name: str) -> Callable[..., Any]:
     return method
 
 
-_RESERVED = frozenset(dir(nn.Module)) | {"parent", "scope"}
+def _signature(hk_cls: type[hk.Module]) -> tuple[dict[str, str], inspect.Signature]:
+    """Returns the signature of the Flax class, and what its parameters are called in Haiku."""
+    taken = {*dir(nn.Module), *Wrapped.__dataclass_fields__, "scope", *public_methods(hk_cls)}
+    of_flax = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name in ("parent", "name")
+    ]
+    names, parameters = {}, []
+    for parameter in inspect.signature(hk_cls).parameters.values():
+        if parameter.name != "name":
+            name = parameter.name + "_" * (parameter.name in taken)
+            names[name] = parameter.name
+            # Flax clones by keyword.
+            kind = max(parameter.kind, parameter.POSITIONAL_OR_KEYWORD)
+            parameters.append(parameter.replace(name=name, kind=kind))
+    return names, inspect.Signature(sorted([*parameters, *of_flax], key=lambda p: p.kind))
 
 
-def _default(parameter: inspect.Parameter) -> Any:
-    if parameter.kind is parameter.VAR_POSITIONAL:
-        return ()
-    if parameter.kind is parameter.VAR_KEYWORD:
-        return FrozenDict()
-    return _Argument.MISSING if parameter.default is parameter.empty else _freeze(parameter.default)
+def _init(
+    self: Any,
+    *args: Any,
+    haiku_arguments: Given | None = None,
+    flax_modules: Mapping[str, nn.Module] = FrozenDict(),
+    **kwargs: Any,
+) -> None:
+    """Takes the arguments of the Haiku class; or from Flax the fields, and what changes."""
+    signature, is_new = self.__signature__, haiku_arguments is None
+    try:
+        for name in kwargs:
+            if self._arguments.get(name + "_") == name != "parent":
+                raise TypeError(f"{name!r} is Flax's own, give {name + '_'!r}")
+        bound = (signature.bind if is_new else signature.bind_partial)(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{error}: the arguments are {type(self).__name__}{signature}") from None
+    of_flax = {n: bound.arguments.pop(n) for n in ("parent", "name") if n in bound.arguments}
+    if haiku_arguments is None or bound.arguments:
+        given = haiku_arguments.arguments(_filling(flax_modules)) if haiku_arguments else {}
+        for argument, value in bound.arguments.items():
+            name, parameter = self._arguments[argument], signature.parameters[argument]
+            is_more = parameter.kind is parameter.VAR_KEYWORD
+            given[name] = {**given.get(name, {}), **value} if is_more else value
+        haiku_arguments, flax_modules = _given(self._haiku_class, given)
+    Wrapped.__init__(self, haiku_arguments, flax_modules, **of_flax)
 
 
-def _freeze(value: Any) -> Any:
-    if isinstance(value, list) or type(value) is tuple:
-        return tuple(map(_freeze, value))
-    if isinstance(value, Mapping):
-        return freeze({key: _freeze(entry) for key, entry in value.items()})
-    return value
+def _given(
+    hk_cls: type[hk.Module], arguments: Mapping[str, Any]
+) -> tuple[Given, Mapping[str, nn.Module]]:
+    """Returns the arguments with slots in place of Flax modules, and the modules."""
+    modules: dict[str, nn.Module] = {}
+
+    def put(argument: str, value: Any) -> Any:
+        if isinstance(value, hk.Module):
+            raise TypeError(
+                f"{argument!r} of {hk_cls.__name__} is a Haiku module, which lives in one run "
+                "only: give a function that makes and calls it, or a Flax module, "
+                f"compat.wrap({type(value).__name__})(...)"
+            )
+        if not isinstance(value, nn.Module):
+            return value
+        name = argument if argument not in modules else f"{argument}_{len(modules)}"
+        modules[name] = value
+        return Slot(name)
+
+    slots = {name: copied(value, partial(put, name)) for name, value in arguments.items()}
+    return Given(hk_cls, slots), FrozenDict(modules)
 
 
-def _thaw(value: Any, parameter: inspect.Parameter) -> Any:
-    if isinstance(value, FrozenDict):
-        return unfreeze(value)
-    wants_list = isinstance(parameter.default, list) or list in (
-        parameter.annotation,
-        get_origin(parameter.annotation),
-    )
-    return list(value) if wants_list and isinstance(value, tuple) else value
+def _filling(modules: Mapping[str, nn.Module]) -> Callable[[Any], Any]:
+    """Returns a function that puts the modules in place of their slots."""
+    return lambda value: modules[value.name] if isinstance(value, Slot) else value
 
 
 def _module_name(construct: Callable[[], hk.Module]) -> str:
@@ -216,15 +225,3 @@ def _module_name(construct: Callable[[], hk.Module]) -> str:
 def _rebuild(cls: type, fields: dict[str, Any]) -> Mirrored:
     make: Any = wrap(cls) if issubclass(cls, hk.Module) else cls
     return make(**fields)
-
-
-def _is_made_by_wrap(cls: type[Wrapped]) -> bool:
-    hk_cls = getattr(cls, "_haiku_class", None)
-    return hk_cls is not None and wrap(hk_cls) is cls
-
-
-def _reduce_class(cls: type[Wrapped]) -> str | tuple[Any, ...]:
-    return (wrap, (cls._haiku_class,)) if _is_made_by_wrap(cls) else cls.__qualname__
-
-
-copyreg.pickle(WrappedClass, _reduce_class)

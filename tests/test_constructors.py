@@ -1,0 +1,425 @@
+"""``compat.wrap``: Haiku's constructor gets what the user gave, in value, type and order."""
+
+import copy
+import dataclasses
+import pickle
+import types
+from collections import OrderedDict, defaultdict
+
+import cloudpickle
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from comparison import assert_identical
+from flax import linen as nn
+from flax.core import FrozenDict
+from hypothesis import given
+from hypothesis import strategies as st
+
+import compat
+
+KEY = jax.random.key(0)
+X = np.ones((2, 3), np.float32)
+
+
+class Keeps(hk.Module):
+    """Keeps its arguments as they are."""
+
+    def __init__(self, config=None, *rest, name=None, **more):
+        super().__init__(name=name)
+        self.got = config, rest, more
+
+    def __call__(self):
+        return self.got
+
+
+Wrapped = compat.wrap(Keeps)
+
+
+@dataclasses.dataclass
+class Config:
+    sizes: list
+    rate: float = 0.5
+
+
+def got(model):
+    """Returns what the constructor of a wrapped class got."""
+    return nn.apply(lambda model: seen.append(model()), model)({}) or seen.pop()
+
+
+seen: list = []
+VALUES = {
+    "dict": {"tanh": 1, "relu": 2},
+    "dict with keys of two types": {1: "a", "b": [2], (3, "c"): None},
+    "dict of dicts in a list": [{"b": {"z": 1, "a": [2]}}, ({},)],
+    "list": [4, [5], (6, [7])],
+    "tuple": (4, (5,)),
+    "set": {1, 2},
+    "frozen": FrozenDict(a=[1]),
+    "a mapping": types.MappingProxyType({"b": 1, "a": [2]}),
+    "ordered": OrderedDict(b=[1], a=2),
+    "with a default": defaultdict(list, b=[1], a=2),
+    "array": np.arange(3),
+    "jax array": jnp.arange(3),
+    "data": Config([1, 2]),
+    "function": hk.dropout,
+    "named tuple": hk.LSTMState([1], {"a": 2}),
+    "named by Flax": {"name": 1, "parent": 2, "copy": 3},
+}
+
+
+def same(a, b):
+    """Returns whether two values are equal and of equal types, all the way down."""
+    if type(a) is not type(b):
+        return False
+    if hasattr(a, "items"):
+        return len(a) == len(b) and all(map(same, a.items(), b.items()))
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, np.ndarray | jax.Array):
+        return a.dtype == b.dtype and np.array_equal(a, b)
+    return a == b
+
+
+@pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
+def test_a_value(value):
+    """It arrives, in whatever way Flax makes a module of the module; it is read as it was."""
+    expected = value, (value,), {"more": value}
+    model = Wrapped(value, value, more=value)
+    for other in (model, model.clone(), copy.copy(model), copy.deepcopy(model)):
+        assert other == model
+        assert hash(other) == hash(model)
+        assert repr(other) == repr(model)
+        assert same((other.config, other.rest, other.more), expected)
+        assert same(got(other), expected)
+    assert same(got(model.clone(config=value)), expected)
+    assert same(got(dataclasses.replace(model, config=3)), (3, *expected[1:]))
+    if isinstance(value, types.MappingProxyType):
+        return  # Python cannot pickle it
+    for package in (pickle, cloudpickle):
+        loaded = package.loads(package.dumps(model))
+        assert same(got(loaded), expected)
+        assert loaded == model or isinstance(value, jax.Array)
+
+
+@pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
+@pytest.mark.parametrize("lift", [nn.jit, nn.remat], ids=["jit", "remat"])
+def test_a_value_under_lifts(lift, value):
+    model = lift(compat.wrap(Shows))(value)
+    model.init(KEY)
+    assert same(seen.pop(), value)
+
+
+class Shows(hk.Module):
+    def __init__(self, config, name=None):
+        super().__init__(name=name)
+        self.config = config
+
+    def __call__(self):
+        seen[:] = [self.config]
+        return jnp.zeros(())
+
+
+def test_containers_are_copied():
+    """What user or constructor do to them later changes no model."""
+
+    class Pops(hk.Module):
+        def __init__(self, config, name=None):
+            super().__init__(name=name)
+            self.size = config.pop("sizes").pop()
+
+        def __call__(self):
+            return self.size
+
+    config = {"sizes": [1, 2]}
+    model = compat.wrap(Pops)(config)
+    before = hash(model)
+    config["sizes"] = [3]
+    model.config["sizes"].append(4)
+    assert [model.apply({}), model.apply({})] == [2, 2]
+    assert model.config == {"sizes": [1, 2]}
+    assert hash(model) == before
+
+
+UNEQUAL = {
+    "order": ({"a": 1, "b": 2}, {"b": 2, "a": 1}),
+    "list and tuple": ([1], (1,)),
+    "list and tuple, deep": ({"a": [(1,)]}, {"a": [[1]]}),
+    "dict and frozen": ({"a": 1}, FrozenDict(a=1)),
+    "dict and ordered": ({"a": 1}, OrderedDict(a=1)),
+    "int and float": (1, 1.0),
+    "int and bool": ([1], [True]),
+    "dtype": (np.zeros(2, int), np.zeros(2)),
+    "shape": (np.zeros(2), np.zeros((2, 1))),
+    "entries": (np.zeros(2), np.ones(2)),
+    "data": (Config([1]), Config([2])),
+    "value": ({"a": 1}, {"a": 2}),
+    "key": ({1: 0}, {"1": 0}),
+}
+
+
+@pytest.mark.parametrize(("one", "other"), UNEQUAL.values(), ids=UNEQUAL)
+def test_unequal(one, other):
+    """As the models differ; Flax's cache of ``nn.jit`` compares hashes alone."""
+    assert Wrapped(one) != Wrapped(other)
+    assert hash(Wrapped(one)) != hash(Wrapped(other))
+    assert Wrapped(one) == Wrapped(copy.deepcopy(one))
+    assert Wrapped(one) != Wrapped([one])
+
+
+def test_equal_by_default():
+    linear = compat.wrap(hk.Linear)
+    assert linear(3) == linear(output_size=3, with_bias=True) != linear(3, False)
+    assert hash(linear(3)) == hash(linear(3, True))
+    assert len({linear(3), linear(3, True), linear(4)}) == 2
+    assert linear(3) != compat.wrap(type("Linear", (hk.Linear,), {}))(3)
+
+
+# Signatures.
+
+leaves = st.none() | st.booleans() | st.integers(-2, 2) | st.floats(-2, 2) | st.text("ab")
+keys = st.text("ab", max_size=2) | st.integers(0, 2)
+values = st.recursive(
+    leaves | st.just(jnp.tanh),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.tuples(inner, inner)
+        | st.dictionaries(keys, inner, max_size=3)
+        | st.dictionaries(keys, inner, max_size=2).map(FrozenDict)
+    ),
+    max_leaves=5,
+)
+RESERVED = {"copy", "init", "parent", "haiku_arguments"}  # by Flax or the field names
+WAYS_OF_NAME = [
+    ("", "", ""),  # none; last of what is positional; of what is by keyword
+    ("", "name=None", ""),
+    ("", "", "name=None"),
+    ("", "", "name"),
+    ("name", "", ""),  # first of all
+]
+
+
+@st.composite
+def signatures(draw):
+    """Returns parts of a signature: by position alone, by both, by keyword; and the defaults."""
+    names = draw(st.permutations(["a", "b", "c", "d", *sorted(RESERVED)]))[:6]
+    counts = draw(st.tuples(*[st.integers(0, 2)] * 3))
+    groups, start = [], 0
+    for count in counts:
+        groups.append(names[start : start + count])
+        start += count
+    num_positional = counts[0] + counts[1]
+    first_default = draw(st.integers(0, num_positional))
+    by_keyword = [name for name in groups[2] if draw(st.booleans())]
+    with_default = [*(groups[0] + groups[1])[first_default:], *by_keyword]
+    return groups, {name: draw(values) for name in with_default}
+
+
+def source(groups, defaults, way, has_rest, has_more):
+    """Returns the parameters as they stand in a ``def``."""
+
+    def parts(names):
+        return [f"{n}: 'list' = defaults[{n!r}]" if n in defaults else n for n in names]
+
+    first, last, keyword = way
+    only, both, by_keyword = map(parts, groups)
+    lines = [first, *only, *["/"] * bool(only or first), *both, last]
+    lines += ["*rest"] if has_rest else ["*"] * bool(by_keyword or keyword)
+    lines += [*by_keyword, keyword, "**more" if has_more else ""]
+    return ", ".join(filter(None, lines))
+
+
+@given(
+    signature=signatures(),
+    way=st.sampled_from(WAYS_OF_NAME),
+    has_rest=st.booleans(),
+    has_more=st.booleans(),
+    args=st.lists(values, max_size=5),
+    by_keyword=st.dictionaries(st.sampled_from(["a", "b", "c", "d", "x", *RESERVED]), values),
+    flax_name=st.sampled_from([None, "net"]),
+)
+def test_any_signature(signature, way, has_rest, has_more, args, by_keyword, flax_name):
+    """As Python itself binds the arguments, to the same constructor without a name."""
+    groups, defaults = signature
+    space = {"defaults": defaults, "hk": hk}
+    plain = source(groups, defaults, ("", "", ""), has_rest, has_more)
+    exec(f"def bind({plain}): return locals()", space)
+    named = source(groups, defaults, way, has_rest, has_more)
+    body = "got = {k: v for k, v in locals().items() if k not in ('self', '__class__')}; "
+    body += f"super().__init__(name={'name' if any(way) else None}); self.got = got"
+    exec(
+        f"class Net(hk.Module):\n def __init__(self, {named}): {body}\n"
+        " def __call__(self): return self.got",
+        space,
+    )
+    wrapped = compat.wrap(space["Net"])
+    known = {*groups[1], *groups[2]} | (
+        {"x", "a", "b", "c", "d"} - {*groups[0]} if has_more else set()
+    )
+    kwargs = {name: value for name, value in by_keyword.items() if name in known}
+    flax = {
+        n + "_" * (n in RESERVED and n in {*groups[1], *groups[2]}): v for n, v in kwargs.items()
+    }
+    try:
+        expected = space["bind"](*args, **kwargs)
+    except TypeError:
+        with pytest.raises(TypeError, match="arguments are Net"):
+            wrapped(*args, **flax, name=flax_name)
+        return
+    model = wrapped(*args, **flax, name=flax_name)
+    received = got(model)
+    if any(way):
+        name = received.pop("name")
+        assert name == (None if "=" in "".join(way) else flax_name or "net")
+    assert same(received, expected)
+    for name, value in expected.items():
+        assert same(getattr(model, name + "_" * (name in RESERVED)), value)
+    clones = [model.clone(), copy.deepcopy(model), wrapped(*args, **flax, name=flax_name)]
+    for clone in clones:
+        assert clone == model
+        assert hash(clone) == hash(model)
+        assert repr(clone) == repr(model)
+        assert same(got(clone), got(model))
+    changed = got(model.clone(**{name: ["new"] for name in flax}))
+    if any(way):
+        del changed["name"]
+    assert same(changed, space["bind"](*args, **{name: ["new"] for name in kwargs}))
+
+
+@dataclasses.dataclass
+class Data(hk.Module):
+    size: int
+    sizes: list = dataclasses.field(default_factory=lambda: [1, 2])
+    rate: float = 0.5
+    name: str | None = None
+
+    def __call__(self):
+        return self.size, self.sizes, self.rate, hk.get_parameter("w", (self.size,), init=jnp.ones)
+
+
+@pytest.mark.parametrize(
+    "through",
+    [copy.copy, copy.deepcopy, lambda m: m.clone()]
+    + [
+        lambda m, package=package: package.loads(package.dumps(m))
+        for package in (pickle, cloudpickle)
+    ],
+    ids=["copy", "deepcopy", "clone", "pickle", "cloudpickle"],
+)
+def test_a_dataclass(through):
+    """What its factories make is made by Haiku, each time."""
+    model = through(compat.wrap(Data)(3, rate=0.1))
+    assert model == compat.wrap(Data)(3, rate=0.1)
+    outputs, variables = model.init_with_output(KEY)
+    assert outputs[:3] == (3, [1, 2], 0.1)
+    assert_identical(variables, {"params": {"w": jnp.ones(3, "float32")}})
+    assert model.clone(sizes=[3]).init_with_output(KEY)[0][1] == [3]
+
+
+# Names.
+
+
+class Named(hk.Module):
+    """A class that needs a name, and makes more of it."""
+
+    def __init__(self, size, name, *rest):
+        super().__init__(name=name)
+        self.sizes = size, rest
+        self.linear = hk.Linear(size, name=f"{name}_linear")
+
+    def __call__(self, x):
+        return self.linear(x)
+
+
+@pytest.mark.parametrize(("name", "root"), [(None, "named"), ("net", "net")])
+def test_a_required_name(name, root):
+    """Flax's, for the Haiku tree to be that of the same name there."""
+    model = compat.wrap(Named)(2, 3, 4, name=name)
+    variables = model.init(KEY, X)
+    assert list(variables["params"]) == [f"~/{root}_linear"]
+    assert model.rest == (3, 4)
+    net = hk.without_apply_rng(hk.transform(lambda x: Named(2, root, 3, 4)(x)))
+    params, _ = compat.to_haiku(variables, root=root)
+    assert jax.tree.structure(params) == jax.tree.structure(jax.eval_shape(net.init, KEY, X))
+    assert_identical(model.apply(variables, X), net.apply(params, X))
+
+
+def test_a_required_name_in_flax():
+    class Parent(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return compat.wrap(Named)(2)(x), compat.wrap(Named)(2, name="head")(x)
+
+    params = Parent().init(KEY, X)["params"]
+    assert {name: list(tree) for name, tree in params.items()} == {
+        "Named_0": ["~/Named_0_linear"],
+        "head": ["~/head_linear"],
+    }
+
+
+# Modules as arguments.
+
+
+class Outer(hk.Module):
+    def __init__(self, inner, more=(), name=None):
+        super().__init__(name=name)
+        self.layers = [inner, *more]
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return hk.Linear(3)(x)
+
+
+def linear(x):
+    return hk.Linear(3, name="inner")(x)
+
+
+SHAPES = {"bias": (3,), "kernel": (3, 3)}
+HAIKU_SHAPES = {"b": (3,), "w": (3, 3)}
+INNER = {
+    "a function": ((linear,), {"inner": HAIKU_SHAPES}),
+    "a wrapped module": ((compat.wrap(hk.Linear)(3),), {"flax_modules_inner": HAIKU_SHAPES}),
+    "a Flax module": ((nn.Dense(3),), {"flax_modules_inner": SHAPES}),
+    "several": (
+        (nn.Dense(3), [linear, nn.Dense(3), nn.Dense(3)]),
+        {
+            "inner": HAIKU_SHAPES,
+            "flax_modules_inner": SHAPES,
+            "flax_modules_more": SHAPES,
+            "flax_modules_more_2": SHAPES,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("lift", [lambda cls: cls, nn.jit, nn.remat], ids=["none", "jit", "remat"])
+@pytest.mark.parametrize(("args", "shapes"), INNER.values(), ids=INNER)
+def test_modules_as_arguments(args, shapes, lift):
+    """A function makes Haiku modules, a Flax module is a submodule."""
+    model = lift(compat.wrap(Outer))(*args)
+    assert model == model.clone()
+    variables = model.init(KEY, X)
+    assert jax.tree.map(jnp.shape, variables["params"]) == {"linear": HAIKU_SHAPES, **shapes}
+    order = ["flax_modules_inner", "inner", "flax_modules_more", "flax_modules_more_2", "linear"]
+    expected = X
+    for name in (name for name in order if name in variables["params"]):
+        bias, kernel = (np.asarray(leaf) for _, leaf in sorted(variables["params"][name].items()))
+        expected = expected @ kernel + bias
+    np.testing.assert_allclose(model.apply(variables, X), expected, 1e-4)
+
+
+def test_a_module_as_an_argument_is_shared():
+    class Parent(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            inner = nn.Dense(3)
+            return compat.wrap(Outer)(inner, [inner])(inner(x))
+
+    params = Parent().init(KEY, X)["params"]
+    assert jax.tree.map(jnp.shape, params) == {
+        "Dense_0": SHAPES,
+        "Outer_0": {"linear": HAIKU_SHAPES},
+    }
