@@ -143,7 +143,7 @@ class MLP(Face, haiku=haiku_mlp.MLP):
     def __init__(self, in_features: int, *args: Any, rngs: nnx.Rngs, **kwargs: Any):
         self.in_features = size(in_features, "in_features")
         x = jax.ShapeDtypeStruct((self.in_features,), jnp.float32)
-        self._build(_make(flax_adapter.MLP, args, kwargs), self.__call__, (x,), rngs)
+        self._build(_make(flax_adapter.MLP, args, kwargs), self._function("__call__"), (x,), rngs)
 
 
 class HaikuFunction(Face):
@@ -210,7 +210,7 @@ class Wrapped(Face):
                 f"{type(self).__name__} has no {method}: give method=, the name of a method that "
                 "takes example, or a function of the module that calls several"
             )
-        function = functools.partial(method, self) if callable(method) else getattr(self, method)
+        function = functools.partial(method, self) if callable(method) else self._function(method)
         self._build(_make(self._face_class, args, kwargs), function, example, rngs, method)
 
 

@@ -4,7 +4,7 @@ import copyreg
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import haiku as hk
 from flax import nnx
@@ -39,18 +39,22 @@ class Node(StandIn, metaclass=NodeClass):
     from those whose names NNX needs for itself.
     """
 
+    if TYPE_CHECKING:
+        _haiku_class: type[hk.Module]
+
     @classmethod
     def __init_subclass__(cls, haiku: type[hk.Module] | None = None, **kwargs: Any) -> None:
-        for name, method in ({} if haiku is None else public_methods(haiku)).items():
-            if name not in FLAX_METHODS.union(vars(cls)):
-                setattr(cls, name, _node_method(name, method))
+        if haiku is not None:
+            cls._haiku_class = haiku
+            for name in public_methods(haiku).keys() - FLAX_METHODS.union(vars(cls)):
+                setattr(cls, name, _node_method(name, public_methods(haiku)[name]))
         super().__init_subclass__(**kwargs)
 
     def __init__(self, source: Source, path: Path):
         self._source = source
         self._path = path
         if callable(self):
-            self._add_mode(self.__call__)
+            self._add_mode(self._function("__call__"))
 
     def _add_mode(self, function: Callable[..., Any]) -> None:
         """Adds what ``eval()`` and ``train()`` set, if the function takes ``is_training``."""
@@ -71,7 +75,7 @@ class Node(StandIn, metaclass=NodeClass):
 
     def _function(self, method: str) -> Callable[..., Any]:
         """Returns a function with the signature of the Haiku method."""
-        return getattr(self, method)
+        return functools.partial(getattr(self._haiku_class, method), self)
 
     def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls a method of the Haiku code, as part of the run that sent the call, if any."""

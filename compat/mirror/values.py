@@ -160,8 +160,8 @@ class Values:
         """Parameter getter: raises Flax's error for a shape that Haiku is about to refuse."""
         if value is hk.DO_NOT_STORE:
             value = self._created.get(context.full_name, value)
-        has_shape = getattr(value, "shape", None) == tuple(context.original_shape)
-        if not has_shape and value is not hk.DO_NOT_STORE and self.place.is_same_transform():
+        is_checked = value is not hk.DO_NOT_STORE and self.place.is_same_transform()
+        if is_checked and getattr(value, "shape", None) != tuple(context.original_shape):
             self._raise(context)
         return next_getter(value)
 
