@@ -1,12 +1,13 @@
 """Any Haiku function as a Flax module."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import haiku as hk
 from flax import linen as nn
 
-from .mirror.private import original_function
+from .mirror.calls import place
 from .mirror.rows import Mirrored
 
 _TRANSFORMED = hk.Transformed | hk.TransformedWithState
@@ -23,7 +24,8 @@ class HaikuFunction(Mirrored):
 
     Args:
       fn: A function that creates and calls Haiku modules, an :class:`haiku.Transformed`
-        or an :class:`haiku.TransformedWithState`.
+        or an :class:`haiku.TransformedWithState`.  Of a pair, its own ``init`` and ``apply``
+        run, with that key.
 
     Example::
 
@@ -43,33 +45,59 @@ class HaikuFunction(Mirrored):
 
     def __post_init__(self) -> None:
         if not callable(self.fn) and not isinstance(self.fn, _TRANSFORMED):
+            advice = "give the function that hk.transform takes"
+            if isinstance(self.fn, hk.MultiTransformed | hk.MultiTransformedWithState):
+                advice = "give wrap an hk.Module class that has its functions as methods"
             raise TypeError(
                 "HaikuFunction takes a function, an hk.Transformed or an hk.TransformedWithState, "
-                f"got {type(self.fn).__name__}: give the function that hk.transform takes"
+                f"got {type(self.fn).__name__}: {advice}"
             )
         super().__post_init__()
 
     @nn.nowrap
     def _haiku(self) -> Callable[..., Any]:
-        if isinstance(self.fn, _TRANSFORMED):
-            return original_function(self.fn) or _lifted(self.fn)
-        return self.fn
+        return _function(self.fn) if isinstance(self.fn, _TRANSFORMED) else self.fn
 
 
-def _lifted(transformed: hk.Transformed | hk.TransformedWithState) -> Callable[..., Any]:
-    """Returns a Haiku function that does what a pair of functions made by hand does."""
+def _function(pair: hk.Transformed | hk.TransformedWithState) -> Callable[..., Any]:
+    """Returns a Haiku function that runs a pair of functions as it is."""
+    has_state = isinstance(pair, hk.TransformedWithState)
+    takes_key = _takes_key(pair)
 
-    def fn(*args: Any, **kwargs: Any) -> Any:
+    def init(*args: Any, **kwargs: Any) -> Any:
+        made = pair.init(*args, **kwargs)
+        return made if has_state else (made, {})
+
+    def function(*args: Any, **kwargs: Any) -> Any:
         keys = hk.maybe_get_rng_sequence_state()
         key = None if keys is None else keys[0]
         hk.maybe_next_rng_key()  # the key is used up
-        if isinstance(transformed, hk.Transformed):
-            params = hk.transparent_lift(transformed.init)(key, *args, **kwargs)
-            return transformed.apply(params, key, *args, **kwargs)
-        init, updater = hk.transparent_lift_with_state(transformed.init)
-        params, state = init(key, *args, **kwargs)
-        output, state = transformed.apply(params, state, key, *args, **kwargs)
-        updater.update(state)
+        with place().left() as go_on:
+            lifted, updater = hk.transparent_lift_with_state(init)
+            params, state = lifted(key, *args, **kwargs)
+            first = (params, state)[: 1 + has_state] + (key,) * takes_key
+            go_on()
+            output = pair.apply(*first, *args, **kwargs)
+            output, state = output if has_state else (output, {})
+            updater.update(state)
         return output
 
-    return fn
+    parameters = list(inspect.signature(pair.init).parameters.values())
+    function.__signature__ = inspect.Signature(parameters[1:])  # type: ignore[attr-defined]
+    return function
+
+
+def _takes_key(pair: hk.Transformed | hk.TransformedWithState) -> bool:
+    """Returns whether the pair's ``apply`` takes a key, as it does unless ``without_apply_rng``.
+
+    That one has one argument less than the trees and what ``init`` takes.
+    """
+    num_trees = 1 + isinstance(pair, hk.TransformedWithState)
+    init, apply = (
+        sum(
+            p.kind <= p.POSITIONAL_OR_KEYWORD
+            for p in inspect.signature(function).parameters.values()
+        )
+        for function in pair
+    )
+    return apply < num_trees or apply - init != num_trees - 1

@@ -55,7 +55,6 @@ from .mirror.names import HaikuTree, Path, flatten, unflatten
 from .mirror.node_run import Run, put
 from .mirror.nodes import HaikuState as HaikuState
 from .mirror.nodes import Node, NodeClass, node_class, reserved
-from .mirror.private import original_function
 from .mirror.rows import Mirrored
 
 
@@ -177,19 +176,14 @@ class HaikuFunction(Face):
         rngs: nnx.Rngs,
     ):
         face = functions.HaikuFunction(fn)
-        self._build(face, _original(face), example, rngs)
+        self._build(face, face._haiku(), example, rngs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the function."""
         return self._run("__call__", args, kwargs)
 
     def _function(self, method: str) -> Callable[..., Any]:
-        return _original(self._source.face)
-
-
-def _original(face: Any) -> Callable[..., Any]:
-    """Returns the function whose signature the calls of a ``HaikuFunction`` have."""
-    return face.fn if callable(face.fn) else original_function(face.fn) or face
+        return self._source.face._haiku()
 
 
 class Wrapped(Face):

@@ -1,5 +1,6 @@
 """``compat.wrap`` and ``compat.HaikuFunction``: their classes, keys, state, streams, errors."""
 
+import functools
 import inspect
 
 import cloudpickle
@@ -120,7 +121,7 @@ BAD = {
     ),
     "several functions": (
         lambda: compat.HaikuFunction(hk.multi_transform(lambda: (None, None))),
-        "got MultiTransformed",
+        "got MultiTransformed: give wrap an hk.Module class that has its functions as methods",
     ),
 }
 
@@ -190,6 +191,7 @@ def noisy(x):
 
 _PLAIN = hk.transform_with_state(noisy)
 _QUIET = hk.transform(lambda x: Net()(x))
+STATE = hk.transform_with_state(lambda x: Counter()(Net()(x)))
 FORMS = {
     "function": (noisy, _PLAIN),
     "transform_with_state": (_PLAIN, _PLAIN),
@@ -205,7 +207,13 @@ FORMS = {
         hk.with_empty_state(_QUIET),
     ),
     "without_apply_rng": (hk.without_apply_rng(_QUIET), hk.with_empty_state(_QUIET)),
+    "without_apply_rng, with state": (hk.without_apply_rng(STATE), STATE),
     "with_empty_state": (hk.with_empty_state(_QUIET), hk.with_empty_state(_QUIET)),
+    "by hand, of any arguments": (
+        hk.Transformed(lambda *args: _QUIET.init(*args), lambda *args: _QUIET.apply(*args)),
+        hk.with_empty_state(_QUIET),
+    ),
+    "jit": (hk.Transformed(*map(jax.jit, _QUIET)), hk.with_empty_state(_QUIET)),
 }
 
 
@@ -220,6 +228,45 @@ def test_forms_of_a_function(form, plain):
     outputs, changed = model.apply(variables, X, rngs={"apply": KEY}, mutable=["state"])
     expected = plain.apply(params, state, root_key(KEY, "apply"), X)
     assert_identical((outputs, compat.to_haiku({**variables, **changed})[1]), expected)
+
+
+@pytest.mark.parametrize("form", ["transform_with_state", "with state, by hand"])
+def test_flax_sees_the_modules_of_a_pair(form):
+    """As those of its function: in the table and in what is captured; but for its key."""
+    pair, plain = (compat.HaikuFunction(FORMS[name][0]) for name in (form, "function"))
+    options = {"console_kwargs": {"force_terminal": False}}
+    assert pair.tabulate(KEY, X, **options) == plain.tabulate(KEY, X, **options)
+    variables = plain.init(KEY, X)
+    call = {"capture_intermediates": True, "mutable": True, "rngs": {"apply": KEY}}
+    assert_identical(pair.apply(variables, X, **call), plain.apply(variables, X, **call))
+
+
+def scaled(net):
+    """A pair with an init and an apply of its own, which says that it is the given one."""
+
+    @functools.wraps(net.init)
+    def init(*args):
+        return jax.tree.map(lambda w: w / 4, net.init(*args))
+
+    @functools.wraps(net.apply)
+    def apply(params, *args):
+        return net.apply(jax.tree.map(lambda w: w * 2, params), *args) + 1
+
+    return hk.Transformed(init, apply)
+
+
+@pytest.mark.parametrize("rng", [True, False])
+def test_a_pair_runs_as_it_is(rng):
+    pair = scaled(_QUIET) if rng else hk.without_apply_rng(scaled(_QUIET))
+    model = compat.HaikuFunction(pair)
+    output, variables = model.init_with_output(KEY, X)
+    params = pair.init(root_key(KEY, "params"), X)
+    assert_identical(compat.to_haiku(variables)[0], params)
+    expected = pair.apply(params, *[None] * rng, X)
+    assert_identical(output, expected)
+    assert_identical(model.apply(variables, X), expected)
+    captured = model.apply(variables, X, capture_intermediates=True)[1]["intermediates"]
+    assert "net" in captured
 
 
 def test_multi_transform():

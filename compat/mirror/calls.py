@@ -35,16 +35,40 @@ def watcher() -> Any:
     return calls.watcher if calls is not None and calls.place.is_here() else None
 
 
+def place() -> "Place":
+    """Returns the place of the run of which the code that calls is part."""
+    return _running.get().place
+
+
 class Place:
     """The trace and the Haiku transform in which code was started."""
 
     def __init__(self) -> None:
         self._trace = tracers.current_trace()
-        self._context = haiku_context()
+        self._context: object = haiku_context()
+        self._left: object = None
+
+    @contextlib.contextmanager
+    def left(self) -> Iterator[Callable[[], None]]:
+        """Returns a context that is elsewhere, until the transform that starts after a call
+        of what it yields: that is the place then.
+        """
+        context, self._context = self._context, None
+
+        def go_on() -> None:
+            self._left = context
+
+        try:
+            yield go_on
+        finally:
+            self._context, self._left = context, None
 
     def is_same_transform(self) -> bool:
         """Returns whether this transform runs now; it gives the modules their names."""
-        return haiku_context() is self._context
+        context = haiku_context()
+        if self._left is not None and context is not self._left:
+            self._context, self._left = context, None
+        return context is self._context
 
     def is_here(self) -> bool:
         """Returns whether this transform runs now, in the trace of its start."""

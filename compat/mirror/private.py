@@ -4,10 +4,8 @@
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
-import haiku as hk
 from flax import nnx
 from flax.linen import module as flax_module
 from haiku._src import base as haiku_base
@@ -21,16 +19,6 @@ def haiku_context() -> object:
     of one would be taken for those of the other.
     """
     return haiku_base.current_context()
-
-
-def original_function(
-    transformed: hk.Transformed | hk.TransformedWithState,
-) -> Callable[..., Any] | None:
-    """Returns the function that ``hk.transform`` was given; None for a pair made by hand.
-
-    ``init`` discards the function's output, which Flax's ``init_with_output`` returns.
-    """
-    return getattr(transformed.init, "_original_fn", None)
 
 
 def is_flax_intercepted() -> bool:
