@@ -4,10 +4,11 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, SupportsFloat
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from haiku_mlp.initializers import Initializer
 
@@ -78,6 +79,15 @@ def size(value: Any, name: str = "hidden_dims") -> int:
     return number
 
 
+def num_features(inputs: Any) -> int:
+    """Returns the size of the last axis of the inputs of a layer."""
+    try:
+        return jnp.shape(inputs)[-1]
+    except IndexError as error:  # which is NetKet's too, hence a note
+        error.add_note(f"the input must be an array (..., N), got one without axes: {inputs!r}")
+        raise
+
+
 def check_weights(inputs: int, outputs: int) -> None:
     """Raises ValueError if no array holds the weights of a layer."""
     if inputs * outputs > _MAX_WEIGHTS:
@@ -94,7 +104,9 @@ def for_each_layer(activations: Any, num_hidden: int) -> tuple[Activation | None
 
 def _ratio(value: Any) -> float:
     try:
-        valid = 0 < float(value) <= _MAX_SIZE
+        if isinstance(value, jax.Array | np.ndarray):
+            value = np.asarray(value)[()]  # a number of the same precision, which hashes
+        valid = isinstance(value, SupportsFloat) and 0 < float(value) <= _MAX_SIZE
     except (TypeError, ValueError):
         valid = False
     if not valid:
@@ -162,10 +174,14 @@ def _check_precision(precision: Any) -> None:
 
 def _is_sequence(activations: Any) -> bool:
     # A callable counts as one activation even where it has a length.
-    return isinstance(activations, Iterable) and not callable(activations)
+    return _is_iterable(activations) and not callable(activations)
 
 
 def _items(value: Any) -> tuple[Any, ...]:
-    """Returns the entries of a sequence, iterator or array; a scalar is one entry."""
-    is_scalar = not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0
+    """Returns the entries of a sequence, iterator or array; a scalar or a text is one entry."""
+    is_scalar = not _is_iterable(value) or getattr(value, "ndim", 1) == 0
     return (value,) if is_scalar else tuple(value)
+
+
+def _is_iterable(value: Any) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes)

@@ -90,7 +90,7 @@ class MLP(hk.Module):
     def __call__(self, input: jax.Array) -> jax.Array:
         """Returns ``(..., output_dim)`` for inputs ``(..., N)``."""
         x = input
-        for linear, activation in _layers(self, jnp.shape(x)[-1]):
+        for linear, activation in _layers(self, arguments.num_features(x)):
             x = linear(x)
             x = activation(x) if callable(activation) else x
         return x
@@ -173,7 +173,7 @@ def _as_structure(
     if hk.running_init():
         block(x)  # makes those of the activations too, outside of what is traced below
     layers: list[structure.Layer] = []
-    h = jax.ShapeDtypeStruct(jnp.shape(x)[-1:], jnp.result_type(x))
+    h = jax.ShapeDtypeStruct((arguments.num_features(x),), jnp.result_type(x))
     for linear, activation in _layers(block, h.shape[-1]):
         layer = structure.Layer(*linear.parameters(h.shape[-1]), None, linear.precision)
         z = jax.eval_shape(layer.affine, h)

@@ -7,6 +7,7 @@ from typing import Any
 
 import haiku as hk
 import jax
+import jax.numpy as jnp
 
 KeyedInitializer = Callable[..., jax.Array]
 HaikuInitializer = Callable[[Sequence[int], Any], jax.Array]
@@ -47,6 +48,11 @@ _lecun_normal = jax.nn.initializers.lecun_normal()
 
 def default_kernel_init(key: jax.Array, shape: Sequence[int], dtype: Any = float) -> jax.Array:
     """``jax.nn.initializers.lecun_normal()`` as a function that pickles."""
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise ValueError(
+            f"the default kernel_init draws no {jnp.dtype(dtype)}: give one that does, for "
+            "instance jax.nn.initializers.ones, or another param_dtype"
+        )
     return _lecun_normal(key, shape, dtype)
 
 

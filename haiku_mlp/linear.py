@@ -65,7 +65,7 @@ class Linear(hk.Module):
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Returns ``(..., output_size)`` for inputs ``(..., input_size)``."""
-        w, b = _parameters(self, jnp.shape(inputs)[-1])
+        w, b = _parameters(self, arguments.num_features(inputs))
         return affine(inputs, w, b, self.precision)
 
     def parameters(self, input_size: int) -> tuple[jax.Array, jax.Array | None]:
@@ -77,7 +77,9 @@ def _parameters(layer: Linear, input_size: int) -> tuple[jax.Array, jax.Array | 
     arguments.check_weights(input_size, layer.output_size)
     # Without x64 JAX warns of each 64-bit dtype asked for; a dtype it has goes on as given.
     dtype = jax.dtypes.canonicalize_dtype(layer.param_dtype)
-    dtype = layer.param_dtype if dtype == jnp.dtype(layer.param_dtype) else dtype
+    # None, for which Haiku would take float32, is the default float, as in Flax.
+    is_kept = layer.param_dtype is not None and dtype == jnp.dtype(layer.param_dtype)
+    dtype = layer.param_dtype if is_kept else dtype
     shape = (input_size, layer.output_size)
     w_init = as_haiku_initializer(layer.kernel_init)
     w = hk.get_parameter("w", shape, dtype, w_init)

@@ -67,14 +67,14 @@ def min_sr(
     is_concrete = not any(isinstance(a, jax.core.Tracer) for a in (kernel, residuals, damping))
     if is_concrete:
         _check_values(kernel, residuals, damping)
-    num_samples = len(residuals)
+    num_samples = residuals.shape[0]
     kernel, rhs = kernel / num_samples, residuals
     # An entry has an error of a few roundings, also where the mean taken off is all of it.
     rounding = 4 * jnp.finfo(dtype).eps * jnp.linalg.norm(kernel.ravel())
     if centered:
         kernel, rhs = _center(_center(kernel, 0), 1), _center(rhs, 0)
     matrix = _as_matrix(kernel)
-    matrix += damping.astype(dtype) * jnp.eye(len(matrix), dtype=dtype)
+    matrix += damping.astype(dtype) * jnp.eye(matrix.shape[0], dtype=dtype)
     solution, smallest = semidefinite.solve(matrix, rhs.ravel(), rounding)
     if is_concrete and smallest < -_tolerance(matrix) * jnp.max(jnp.abs(matrix)):
         raise ValueError(f"kernel / B + damping has the negative eigenvalue {smallest}")

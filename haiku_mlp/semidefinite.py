@@ -73,7 +73,7 @@ def _smallest_eigenvalue(factor: tuple[jax.Array, bool]) -> jax.Array:
     From a random vector of size ``n`` the factor is ``n`` to the power of ``1 / 6``, or less.
     """
     lower, _ = factor
-    places = jnp.arange(len(lower), dtype=lower.real.dtype)
+    places = jnp.arange(lower.shape[0], dtype=lower.real.dtype)
     vector = jnp.cos(places**2).astype(lower.dtype)  # as good as random, without a key
     size = jnp.ones((), lower.real.dtype)
     growth = size

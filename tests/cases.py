@@ -58,6 +58,7 @@ GOOD = {
         "use_output_bias": True,
         "bias_init": jax.nn.initializers.normal(0.1),
     },
+    "default_dtype": {"hidden_dims": (8,), "use_output_bias": True, "param_dtype": None},
     "int_parameters": {"param_dtype": int, "kernel_init": jax.nn.initializers.ones},
 }
 """Keyword arguments that NetKet takes too."""
@@ -67,6 +68,10 @@ BEYOND = {
     "int_alpha": ({"hidden_dims_alpha": 2}, {"hidden_dims_alpha": (2,)}),
     "list": ({"hidden_dims": [8, 5]}, {"hidden_dims": (8, 5)}),
     "array": ({"hidden_dims": np.array([8, 5])}, {"hidden_dims": (8, 5)}),
+    "array_alpha": (
+        {"hidden_dims_alpha": jnp.array([2.0])},
+        {"hidden_dims_alpha": (np.float64(2),)},
+    ),
     "activation_list": (
         {"hidden_dims": (8,), "hidden_activations": [jnp.tanh]},
         {"hidden_dims": (8,), "hidden_activations": (jnp.tanh,)},
@@ -80,7 +85,10 @@ BAD = {
     "negative": ({"hidden_dims": (8, -1)}, ValueError, "positive integers, got -1"),
     "fraction": ({"hidden_dims": (8.0,)}, ValueError, "positive integers, got 8.0"),
     "zero_alpha": ({"hidden_dims_alpha": 0}, ValueError, "positive numbers"),
+    "text": ({"hidden_dims": "16"}, ValueError, "positive integers, got '16'"),
     "text_alpha": ({"hidden_dims_alpha": ("a",)}, ValueError, "positive numbers"),
+    "number_as_text": ({"hidden_dims_alpha": "2"}, ValueError, "positive numbers"),
+    "matrix_alpha": ({"hidden_dims_alpha": np.ones((1, 1))}, ValueError, "positive numbers"),
     "few_activations": (
         {"hidden_dims": (8, 5), "hidden_activations": (jnp.tanh,)},
         ValueError,
@@ -90,6 +98,11 @@ BAD = {
         {"hidden_activations": (jnp.tanh,)},
         ValueError,
         "1 entries for 0 hidden layers",
+    ),
+    "name_of_an_activation": (
+        {"hidden_dims": 8, "hidden_activations": "relu"},
+        TypeError,
+        "hidden_activations must be callable or None, got 'relu'",
     ),
     "text_activation": (
         {"hidden_dims": 8, "hidden_activations": ("gelu",)},

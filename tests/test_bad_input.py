@@ -43,8 +43,8 @@ INPUTS = {
     "more features": (np.ones((2, 5)), errors.ScopeParamShapeError, r"\(5, 3\).*\(4, 3\)"),
     "one feature": (np.ones((2, 1)), errors.ScopeParamShapeError, r"\(1, 3\).*\(4, 3\)"),
     "transposed": (X.T, errors.ScopeParamShapeError, r"\(2, 3\).*\(4, 3\)"),
-    "number": (1.0, IndexError, "out of range"),
-    "text": ("spins", IndexError, "out of range"),
+    "number": (1.0, IndexError, r"(?s)out of range.*an array \(\.\.\., N\).* axes: 1\.0"),
+    "text": ("spins", IndexError, "axes: 'spins'"),
     "texts": (np.full((2, 4), "up"), TypeError, NOT_NUMBERS),
     "objects": (np.full((2, 4), None), TypeError, NOT_NUMBERS),
     "masked": (np.ma.masked_array(X, X > 0), ValueError, "masked"),
@@ -60,6 +60,15 @@ def test_inputs(variables, x, error, message):
     # Haiku has no class of its own for a wrong shape.
     with pytest.raises(ValueError if error is errors.ScopeParamShapeError else error):
         NET.apply(params, x)
+
+
+@pytest.mark.parametrize("dtype", [int, bool])
+def test_the_default_initializer_draws_floats(dtype):
+    message = f"default kernel_init draws no {jnp.dtype(dtype)}: give one that does"
+    with pytest.raises(ValueError, match=message):
+        compat.MLP(param_dtype=dtype).init(KEY, X)
+    with pytest.raises(ValueError, match=message):
+        hk.transform(lambda x: haiku_mlp.MLP(param_dtype=dtype)(x)).init(KEY, X)
 
 
 KEYS = {

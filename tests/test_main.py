@@ -137,6 +137,10 @@ def test_refusal_as_a_program(run):
     assert_refused(run("--plot", "no/such/chart.png"), "--plot", "cannot write")
 
 
+def test_a_suffix_in_capitals(tmp_path):
+    assert command._writable(str(tmp_path / "A.PNG")).suffix == ".PNG"
+
+
 @pytest.mark.parametrize("before", ["", "old"])
 def test_checking_the_plot_path_leaves_no_trace(before, tmp_path):
     path = tmp_path / "chart.png"

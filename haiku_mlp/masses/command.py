@@ -109,7 +109,7 @@ def _integer(text: str, lowest: int, highest: int) -> int:
 
 def _writable(text: str) -> pathlib.Path:
     path = pathlib.Path(text)
-    if path.suffix not in _FORMATS:
+    if path.suffix.lower() not in _FORMATS:
         raise argparse.ArgumentTypeError(f"must end in {', '.join(_FORMATS)}, got {text!r}")
     is_new = not os.path.lexists(path)
     try:
