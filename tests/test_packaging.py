@@ -3,6 +3,8 @@
 import inspect
 import os
 import pathlib
+import pydoc
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import zipfile
 import pytest
 
 import compat
+import compat.netket
 import haiku_mlp
 
 CAPTURED = {"capture_output": True, "text": True, "check": True}
@@ -164,3 +167,24 @@ def test_constructors_agree(ours, flax):
     assert signature(ours) == signature(flax)
     names = [name for name, _ in signature(ours)]
     assert names[-len(compat.blocks.FIELDS) :] == list(compat.blocks.FIELDS)
+
+
+@pytest.mark.parametrize("package", [haiku_mlp, haiku_mlp.structure, compat, compat.netket])
+def test_help_shows_the_public_names(package):
+    """Which are what the package has besides its modules, of which ``blocks`` is public."""
+    found = {
+        name
+        for name, value in vars(package).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    assert found == set(package.__all__) - {"blocks"}
+    text = pydoc.plain(pydoc.render_doc(package))
+    contents = text[text.find("\nCLASSES") :] if "\nCLASSES" in text else text
+    for name in found:
+        assert re.search(rf"^    (class )?{name}\b", contents, re.M), name
+
+
+def test_a_quantity_is_no_module():
+    for name in ("connected", "laplacian", "tangent_kernel"):
+        assert callable(getattr(haiku_mlp.structure, name))
+        assert not inspect.ismodule(getattr(haiku_mlp, name, None))

@@ -4,7 +4,13 @@ The only package that imports NetKet, which turns x64 on.  ``import compat`` doe
 it: ``from compat.netket import MinSR``.
 """
 
-from .kinetic_energy import KineticEnergy as KineticEnergy
-from .min_sr import MinSR as MinSR
-from .min_sr import natural_gradient as natural_gradient
-from .sampler import structured as structured
+from .kinetic_energy import KineticEnergy
+from .min_sr import MinSR, natural_gradient
+from .sampler import structured
+
+__all__ = [
+    "KineticEnergy",
+    "MinSR",
+    "natural_gradient",
+    "structured",
+]
