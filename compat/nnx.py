@@ -50,11 +50,10 @@ from haiku_mlp.arguments import size
 
 from . import flax_adapter, functions, wrapping
 from .mirror.attributes import Method, Source, abstract, find_layout
-from .mirror.caching import per_class
 from .mirror.names import HaikuTree, Path, flatten, unflatten
 from .mirror.node_run import Run, put
 from .mirror.nodes import HaikuState as HaikuState
-from .mirror.nodes import Node, NodeClass, node_class, reserved
+from .mirror.nodes import Node, node_class, reserved
 from .mirror.rows import Mirrored
 
 
@@ -91,7 +90,7 @@ class Face(Node):  # type: ignore[metaclass]
             if path:
                 setattr(self._at(path[:-1]), path[-1], node_class(hk_cls)(self._source, path))
         trees = _haiku_trees(face, variables)
-        for collection, module_name, name, path in layout.values:
+        for (collection, module_name, name), path in layout.values.items():
             array = trees[collection][module_name][name]
             setattr(self._at(path[:-1]), path[-1], _variable(_TYPES[collection], array))
         if layout.draws:
@@ -99,9 +98,6 @@ class Face(Node):  # type: ignore[metaclass]
 
     def _at(self, path: Path) -> Any:
         return functools.reduce(getattr, path, self)
-
-    def _haiku(self) -> Any:
-        return self._source.face._haiku()
 
 
 _TYPES: dict[str, type[nnx.Variable]] = {"params": nnx.Param, "state": HaikuState}
@@ -189,8 +185,6 @@ class HaikuFunction(Face):
 class Wrapped(Face):
     """The base of the classes that ``wrap`` makes."""
 
-    _face_class: type[Mirrored]
-
     def __init__(
         self,
         *args: Any,
@@ -205,18 +199,9 @@ class Wrapped(Face):
                 "takes example, or a function of the module that calls several"
             )
         function = functools.partial(method, self) if callable(method) else self._function(method)
-        self._build(_make(self._face_class, args, kwargs), function, example, rngs, method)
-
-
-@per_class
-def _wrapped(hk_cls: type[hk.Module]) -> type[Face]:
-    namespace = {
-        "__module__": hk_cls.__module__,
-        "__doc__": hk_cls.__doc__,
-        "_face_class": wrapping.wrap(hk_cls),
-        "_maker": (wrap, (hk_cls,)),
-    }
-    return NodeClass(hk_cls.__name__, (Wrapped,), namespace, haiku=hk_cls)
+        self._build(
+            _make(wrapping.wrap(self._haiku_class), args, kwargs), function, example, rngs, method
+        )
 
 
 def wrap(hk_cls: type[hk.Module]) -> type[Face]:
@@ -252,7 +237,7 @@ def wrap(hk_cls: type[hk.Module]) -> type[Face]:
       >>> y = model(x)
     """
     wrapping.wrap(hk_cls)  # raises
-    return _wrapped(hk_cls)
+    return node_class(hk_cls, Wrapped)
 
 
 def _variable(variable_type: type[nnx.Variable], value: Any) -> nnx.Variable:
@@ -307,7 +292,7 @@ def set_variables(model: Face, variables: Mapping[str, Any]) -> None:
                 f"{given.get(key, 'nothing')}: give the variables of the same model"
             )
     trees = _haiku_trees(model._source.face, variables)
-    for collection, module_name, name, path in model._source.layout.values:
+    for (collection, module_name, name), path in model._source.layout.values.items():
         put(model._at(path), trees[collection][module_name][name])
 
 

@@ -28,7 +28,7 @@ def test_other_methods_and_submodules_run_by_themselves():
 
 
 def test_a_submodule_that_needs_others_does_not_run_by_itself():
-    with pytest.raises(ValueError, match=r"'linear/w' is no parameter of sequential: .* call the"):
+    with pytest.raises(ValueError, match=r"not in sequential: .* call the model"):
         make_stack().sequential(X)
 
 
@@ -146,7 +146,7 @@ def test_the_method_that_makes_the_parameters():
         make(example=(X,), rngs=nnx.Rngs(0))
     model = make(example=(X,), rngs=nnx.Rngs(0), method="encode")
     assert not hasattr(model, "decoder")
-    with pytest.raises(ValueError, match="~decode/decoder/w' is no parameter of the model"):
+    with pytest.raises(ValueError, match="It is not in the model: give an example"):
         model.decode(model.encode(X))
 
     def both(module, x, is_training=False):

@@ -4,7 +4,7 @@ import dataclasses
 import re
 import types
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import haiku as hk
 import jax
@@ -20,29 +20,20 @@ Arguments = tuple[Any, ...]
 Reserved = Callable[[type[hk.Module]], Collection[str]]
 
 
-class Value(NamedTuple):
-    """A parameter or a piece of state: its Haiku names, and its attributes from the root."""
-
-    collection: str
-    module_name: str
-    name: str
-    path: Path
-
-
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The tree of attributes of a model.
+    """The tree of attributes of a model; a path leads from the root.
 
     Attributes:
       modules: Path of each Haiku module, by its name; ``~`` is outside of any.
       classes: Haiku class at each path, the levels above first.
-      values: The values in Haiku's order.
+      values: Path of each value, by collection, module name and name, in Haiku's order.
       draws: Whether a call draws random keys.
     """
 
     modules: dict[str, Path]
     classes: dict[Path, type[hk.Module]]
-    values: tuple[Value, ...]
+    values: dict[tuple[str, str, str], Path]
     draws: bool
 
 
@@ -64,8 +55,10 @@ class Source:
     arguments: Arguments
     layout: Layout = dataclasses.field(compare=False, repr=False)
 
-    def module(self, path: Path) -> hk.Module:
-        """Returns the Haiku module at a path, to be run by itself."""
+    def haiku(self, path: Path) -> Any:
+        """Returns the Haiku module, or function, at a path; called inside a transform."""
+        if not path:
+            return self.face._haiku()
         names = [name for name, known in self.layout.modules.items() if known == path]
         module = _Trace(self.face, self.method, self.arguments, wanted=names[:1]).found
         if module is None:
@@ -91,9 +84,9 @@ def abstract(*args: Any, **kwargs: Any) -> Arguments:
 def find_layout(face: Mirrored, method: Method, arguments: Arguments, reserved: Reserved) -> Layout:
     """Returns the layout of a Flax face, as a call of its Haiku code gives it.
 
-    Attributes have Haiku's names, a leading ``~`` left out if the rest is unique; those
-    that are reserved, or taken by a submodule, get a ``_`` behind.  Values outside of any
-    module are the root's.
+    Attributes have Haiku's names without a leading ``~``; those that are reserved, or taken
+    by one that comes before, a module or a value, get a ``_`` behind.  Values outside of
+    any module are the root's.
 
     Args:
       face, method, arguments: As in ``Source``.
@@ -101,55 +94,38 @@ def find_layout(face: Mirrored, method: Method, arguments: Arguments, reserved: 
     """
     trace = _Trace(face, method, arguments)
     names = face._names()
-    module_names = dict.fromkeys([*trace.classes, *trace.params, *trace.state])
-    parts = {name: _parts(names, name) for name in module_names}
-    classes = {parts[name]: hk_cls for name, hk_cls in trace.classes.items()}
-    tree = _Attributes(parts.values(), lambda level: reserved(classes.get(level, NameScope)))
     values = [
-        Value(collection, module_name, name, tree.add(parts[module_name], key))
-        for collection, values in (("params", trace.params), ("state", trace.state))
-        for module_name, name, value in hk.data_structures.traverse(values)
-        for key in [names.key(collection, module_name, name, value)]
+        (collection, module_name, name)
+        for collection, tree in (("params", trace.params), ("state", trace.state))
+        for module_name, name, _ in hk.data_structures.traverse(tree)
     ]
+    module_names = ["~", *trace.classes, *(module_name for _, module_name, _ in values)]
+    levels = {name: _level(names, name) for name in dict.fromkeys(module_names)}
+    known = {levels[name]: hk_cls for name, hk_cls in trace.classes.items()}
+    paths: dict[Path, Path] = {(): ()}
+    taken: dict[Path, set[str]] = {}
+
+    def add(level: Path, name: str) -> Path:
+        names_there = taken.setdefault(level, {*reserved(known.get(level, NameScope))})
+        while name in names_there:
+            name += "_"
+        names_there.add(name)
+        return (*paths[level], name)
+
+    above = [level[:depth] for level in levels.values() for depth in range(1, len(level) + 1)]
+    for level in sorted(dict.fromkeys(above), key=len):
+        paths[level] = add(level[:-1], re.sub(r"^/?(~[^/]*/)*", "", level[-1]))
     return Layout(
-        {"~": (), **{name: tree.paths[level] for name, level in parts.items()}},
-        {path: classes.get(level, NameScope) for level, path in tree.paths.items()},
-        tuple(values),
+        {name: paths[level] for name, level in levels.items()},
+        {path: known.get(level, NameScope) for level, path in paths.items()},
+        {value: add(levels[value[1]], names.key(*value)) for value in values},
         trace.draws,
     )
 
 
-class _Attributes:
-    """Gives names to attributes: ``paths`` leads from levels of Haiku names to them."""
-
-    def __init__(self, parts: Iterable[Path], reserved: Callable[[Path], Collection[str]]):
-        self.paths: dict[Path, Path] = {(): ()}
-        self._reserved = reserved
-        self._taken: dict[Path, set[str]] = {}
-        levels = dict.fromkeys(p[:depth] for p in parts for depth in range(1, len(p) + 1))
-        for level in sorted(levels, key=len):
-            *_, part = level
-            plain = [_plain(known[-1]) for known in levels if known[:-1] == level[:-1]]
-            unique = plain.count(_plain(part)) == 1
-            self.paths[level] = self.add(level[:-1], _plain(part) if unique else part)
-
-    def add(self, level: Path, name: str) -> Path:
-        """Returns the path of a new attribute of a level."""
-        taken = self._taken.setdefault(level, {*self._reserved(level)})
-        while name in taken:
-            name += "_"
-        taken.add(name)
-        return (*self.paths[level], name)
-
-
-def _parts(names: Names, module_name: str) -> Path:
-    if module_name == "~" and names.root is None:
-        return ()
-    return dataclasses.replace(names, netket=False).path(module_name)
-
-
-def _plain(part: str) -> str:
-    return re.sub(r"^/?(~[^/]*/)*", "", part)
+def _level(names: Names, module_name: str) -> Path:
+    """Returns the levels of a module's name, Haiku's own names for those of an MLP too."""
+    return () if module_name == "~" else dataclasses.replace(names, netket=False).path(module_name)
 
 
 # Stands for a module where nobody looks at its intermediate values.

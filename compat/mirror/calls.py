@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -161,3 +162,14 @@ def public_methods(hk_cls: type[hk.Module]) -> dict[str, Call]:
         for name, method in sorted(methods.items())
         if inspect.isfunction(method) and (name == "__call__" or not name.startswith("_"))
     }
+
+
+def run_method(name: str, method: Call) -> Call:
+    """Returns the method of a framework's module that runs the Haiku method ``name``."""
+
+    @functools.wraps(method)
+    def framework_method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._run(name, args, kwargs)
+
+    framework_method.__name__ = name  # Flax's summaries look for the method by it
+    return framework_method

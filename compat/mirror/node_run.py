@@ -8,15 +8,16 @@ native model (``nnx.tabulate``, ``nnx.capture``), and a submodule can be replace
 
 import contextlib
 import contextvars
+import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import haiku as hk
 import jax
 from flax import nnx
 
-from .attributes import SILENT, Method, Source, call_method
+from .attributes import SILENT, Source
 from .calls import Call, Calls
 from .names import HaikuTree, Path
 from .private import is_capturing
@@ -59,6 +60,7 @@ class Run:
         self.calls = Calls(self)
         self.drew = False
         self._node = node
+        self._layout = node._source.layout
         self._outer = outer
         self._sent: set[str] = set()
         self._written: set[str] = set()
@@ -66,7 +68,7 @@ class Run:
     def __call__(
         self,
         make: Callable[[], Any],
-        method: Method,
+        method: str,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         key: jax.Array | None,
@@ -75,16 +77,11 @@ class Run:
 
         def body() -> Any:
             first = haiku_key()
-            with (
-                self.calls.watched(),
-                hk.custom_creator(self._refuse),
-                hk.custom_setter(self._note_write),
-            ):
+            with self.calls.watched(), hk.custom_setter(self._note_write):
                 haiku = make()
-                if isinstance(haiku, hk.Module) and isinstance(method, str):
-                    output = self.calls.unsent(haiku, method)(*args, **kwargs)
-                else:
-                    output = call_method(haiku, method, args, kwargs)
+                if isinstance(haiku, hk.Module):
+                    haiku = self.calls.unsent(haiku, method)
+                output = haiku(*args, **kwargs)
             self.drew = haiku_key() is not first
             return output
 
@@ -92,10 +89,16 @@ class Run:
             output, state = _transformed.apply(*self.load().values(), key, body)
         except ValueError as error:
             self._check_replaced()
-            if is_missing_key(error):
+            # A parameter that is missing makes its initializer draw, which misses a key then.
+            if str(error).startswith("Unable to retrieve parameter"):
                 error.add_note(
-                    f"{type(self._node).__name__} has no stream of its own: give the call "
-                    "rngs=nnx.Rngs(...), or construct the model with an example in which it draws"
+                    f"It is not in {'.'.join(self._node._path) or 'the model'}: give an example "
+                    "that makes it; or, if it is of another submodule, call the model."
+                )
+            elif is_missing_key(error):
+                error.add_note(
+                    "The model has no stream: construct it with an example in which it draws "
+                    "(is_training=True), or give rngs=nnx.Rngs(...) to the call."
                 )
             raise
         self._check_replaced()
@@ -111,8 +114,15 @@ class Run:
         if not self._is_own(node, path):
             return _as_called(getattr(node, method), getattr(module, method))
 
+        def arrive(copy: StandIn, *args: Any, **kwargs: Any) -> Any:
+            with _sending(None):
+                if self.calls.place.is_here():
+                    return go_on(*args, **kwargs)
+                # In another trace, as in nnx.tabulate, the node is a copy.
+                return Run(copy, self)(lambda: module, method, args, kwargs, haiku_key())
+
         def call(*args: Any, **kwargs: Any) -> Any:
-            with _sending(Sent(self, node, module, go_on)):
+            with _sending(_address(node, method), arrive):
                 return getattr(node, method)(*args, **kwargs)
 
         return call
@@ -122,80 +132,34 @@ class Run:
         path, node = self._stand_in(module_name)
         return node if self._is_own(node, path) and is_capturing(node) else SILENT
 
-    def _stand_in(self, module_name: str) -> tuple[Path | None, Any]:
-        """Returns the path of a Haiku module, and what stands there."""
-        path = self._node._source.layout.modules.get(module_name)
-        return path, None if path is None else self.find(path)
+    def load(self) -> dict[str, HaikuTree]:
+        """Returns the parameters and the state as Haiku has them."""
+        trees: dict[str, HaikuTree] = {"params": {}, "state": {}}
+        for (collection, module_name, name), path in self._layout.values.items():
+            variable = self._find(path)
+            if variable is not None:
+                trees[collection].setdefault(module_name, {})[name] = get(variable)
+        return trees
 
-    def find(self, path: Path) -> Any:
+    def _find(self, path: Path) -> Any:
         """Returns what stands at a path, None where a submodule above has been replaced."""
         depth = len(self._node._path)
         if path[:depth] != self._node._path:
-            return None if self._outer is None else self._outer.find(path)
+            return None if self._outer is None else self._outer._find(path)
         node: Any = self._node
         for end in range(depth, len(path)):
             node = getattr(node, path[end], None) if self._is_own(node, path[:end]) else None
         return node
 
-    def load(self) -> dict[str, HaikuTree]:
-        """Returns the parameters and the state as Haiku has them."""
-        trees: dict[str, HaikuTree] = {"params": {}, "state": {}}
-        for value in self._node._source.layout.values:
-            variable = self.find(value.path)
-            if variable is not None:
-                trees[value.collection].setdefault(value.module_name, {})[value.name] = get(
-                    variable
-                )
-        return trees
+    def _stand_in(self, module_name: str) -> tuple[Path | None, Any]:
+        """Returns the path of a Haiku module, and what stands there."""
+        path = self._layout.modules.get(module_name)
+        return path, None if path is None else self._find(path)
 
     def _is_own(self, node: Any, path: Path | None) -> bool:
         """Returns whether the code of a node is the one that this run has at a path."""
-        return (
-            isinstance(node, StandIn) and node._path == path and node._source == self._node._source
-        )
-
-    def _refuse(
-        self,
-        next_creator: Callable[..., Any],
-        shape: Sequence[int],
-        dtype: Any,
-        init: Callable[..., Any],
-        context: hk.GetterContext,
-    ) -> Any:
-        """Parameter creator: nothing is made in a call, so the parameter is missing."""
-        if not self.calls.place.is_same_transform():
-            return next_creator(shape, dtype, init)
-        where = ".".join(self._node._path) or "the model"
-        raise ValueError(
-            f"{context.full_name!r} is no parameter of {where}: give an example that makes it; "
-            "if it is that of another submodule, or has been replaced, call the model"
-        )
-
-    def _note_write(
-        self, next_setter: Callable[..., Any], value: Any, context: hk.SetterContext
-    ) -> Any:
-        """State setter: notes the write; an inner transform hands back what it only read."""
-        self._written.add(context.name)
-        return next_setter(value)
-
-    def _keep(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Puts the state that the code wrote into the nodes."""
-        known = {
-            value[1:3]: value.path
-            for value in self._node._source.layout.values
-            if value.collection == "state"
-        }
-        for module_name, name, value in hk.data_structures.traverse(state):
-            if name.rpartition("/")[2] not in self._written:
-                continue
-            path = known.get((module_name, name))
-            if path is None:
-                raise ValueError(
-                    f"the call made new state, {name!r} of {module_name!r}: give an example "
-                    "that makes it"
-                )
-            if path[: len(self._node._path)] == self._node._path:
-                put(self.find(path), value)
+        is_there = isinstance(node, StandIn) and node._path == path
+        return is_there and node._source == self._node._source
 
     def _check_replaced(self) -> None:
         """Raises for a replaced submodule that the Haiku code called unseen."""
@@ -209,38 +173,44 @@ class Run:
                     "original back, or change its Params"
                 )
 
-
-class Sent(NamedTuple):
-    """A call of a Haiku module on its way through a node."""
-
-    run: Run
-    node: StandIn
-    module: hk.Module
-    go_on: Call
-
-    def arrive(
-        self, node: StandIn, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    def _note_write(
+        self, next_setter: Callable[..., Any], value: Any, context: hk.SetterContext
     ) -> Any:
-        """Makes the call: in another trace, as in ``nnx.tabulate``, on a copy of the node."""
-        with _sending(None):
-            if self.run.calls.place.is_here():
-                return self.go_on(*args, **kwargs)
-            return Run(node, self.run)(lambda: self.module, method, args, kwargs, haiku_key())
+        """State setter: notes the write; an inner transform hands back what it only read."""
+        self._written.add(context.name)
+        return next_setter(value)
+
+    def _keep(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Puts the state that the code wrote into the nodes."""
+        for module_name, name, value in hk.data_structures.traverse(state):
+            if name.rpartition("/")[2] not in self._written:
+                continue
+            path = self._layout.values.get(("state", module_name, name))
+            if path is None:
+                raise ValueError(
+                    f"the call made new state, {name!r} of {module_name!r}: give an example "
+                    "that makes it"
+                )
+            if path[: len(self._node._path)] == self._node._path:
+                put(self._find(path), value)
 
 
-_sent: contextvars.ContextVar[Sent | None] = contextvars.ContextVar("sent", default=None)
+# Where a call is on its way to, and what makes it there.
+_sent: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("sent", default=(None,))
 
 
-def sent_to(node: StandIn) -> Sent | None:
-    """Returns the call that is on its way to ``node``, or to the one of which it is a copy."""
+def sent_to(node: StandIn, method: str) -> Call | None:
+    """Returns what makes the call that is on its way to ``node``, or the node it is a copy of."""
     sent = _sent.get()
-    if sent is None or (type(node), node._path) != (type(sent.node), sent.node._path):
-        return None
-    return sent
+    return functools.partial(sent[1], node) if sent[0] == _address(node, method) else None
+
+
+def _address(node: StandIn, method: str) -> tuple[Any, ...]:
+    return type(node), node._path, method
 
 
 @contextlib.contextmanager
-def _sending(sent: Sent | None) -> Iterator[None]:
+def _sending(*sent: Any) -> Iterator[None]:
     token = _sent.set(sent)
     try:
         yield

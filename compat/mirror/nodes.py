@@ -11,7 +11,7 @@ from flax import nnx
 
 from .attributes import Source
 from .caching import per_class
-from .calls import public_methods
+from .calls import public_methods, run_method
 from .names import Path
 from .node_run import FLAX_METHODS, Run, StandIn, sent_to
 
@@ -46,8 +46,9 @@ class Node(StandIn, metaclass=NodeClass):
     def __init_subclass__(cls, haiku: type[hk.Module] | None = None, **kwargs: Any) -> None:
         if haiku is not None:
             cls._haiku_class = haiku
-            for name in public_methods(haiku).keys() - FLAX_METHODS.union(vars(cls)):
-                setattr(cls, name, _node_method(name, public_methods(haiku)[name]))
+            methods = public_methods(haiku)
+            for name in methods.keys() - FLAX_METHODS.union(vars(cls)):
+                setattr(cls, name, run_method(name, methods[name]))
         super().__init_subclass__(**kwargs)
 
     def __init__(self, source: Source, path: Path):
@@ -79,9 +80,9 @@ class Node(StandIn, metaclass=NodeClass):
 
     def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls a method of the Haiku code, as part of the run that sent the call, if any."""
-        sent = sent_to(self)
-        if sent is not None:
-            return sent.arrive(self, method, args, kwargs)
+        arrive = sent_to(self, method)
+        if arrive is not None:
+            return arrive(*args, **kwargs)
         function = self._function(method)
         stream = getattr(self, "rngs", None)
         if "rngs" in kwargs.keys() - inspect.signature(function).parameters.keys():
@@ -89,14 +90,10 @@ class Node(StandIn, metaclass=NodeClass):
         kwargs = self._in_mode(function, args, kwargs)
         run = Run(self)
         key = None if stream is None else nnx.clone(stream)()
-        output = run(self._haiku, method, args, kwargs, key)
+        output = run(lambda: self._source.haiku(self._path), method, args, kwargs, key)
         if run.drew and stream is not None:
             stream()  # counts; a call that draws nothing leaves the stream as it is
         return output
-
-    def _haiku(self) -> Any:
-        """Returns the Haiku module; called inside a transform."""
-        return self._source.module(self._path)
 
 
 def reserved(hk_cls: type[hk.Module]) -> set[str]:
@@ -104,21 +101,12 @@ def reserved(hk_cls: type[hk.Module]) -> set[str]:
     return {*dir(Node), *public_methods(hk_cls), "_source", "_path", "deterministic", "rngs"}
 
 
-def _node_method(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def node_method(self: Node, *args: Any, **kwargs: Any) -> Any:
-        return self._run(name, args, kwargs)
-
-    node_method.__name__ = name
-    return node_method
-
-
 @per_class
-def node_class(hk_cls: type[hk.Module]) -> type[Node]:
+def node_class(hk_cls: type[hk.Module], base: type[Node] = Node) -> Any:
     """Returns the class of the nodes that stand for modules of a Haiku class."""
     namespace = {
         "__module__": hk_cls.__module__,
         "__doc__": hk_cls.__doc__,
-        "_maker": (node_class, (hk_cls,)),
+        "_maker": (node_class, (hk_cls, base)),
     }
-    return NodeClass(hk_cls.__name__, (Node,), namespace, haiku=hk_cls)
+    return NodeClass(hk_cls.__name__, (base,), namespace, haiku=hk_cls)

@@ -1,8 +1,6 @@
 """Flax modules whose methods run Haiku code."""
 
 import copy
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import haiku as hk
@@ -12,7 +10,7 @@ from flax import errors
 from flax import linen as nn
 
 from .caching import per_class
-from .calls import public_methods, watcher
+from .calls import public_methods, run_method, watcher
 from .names import Names
 from .run import Run
 
@@ -30,7 +28,7 @@ class Mirrored(nn.Module):
     def __init_subclass__(cls, haiku: type[hk.Module] | None = None, **kwargs: Any) -> None:
         for name, method in ({} if haiku is None else public_methods(haiku)).items():
             if name not in vars(cls):
-                flax_method = _flax_method(name, method)
+                flax_method = run_method(name, method)
                 setattr(cls, name, nn.compact(flax_method) if cls._compact else flax_method)
         super().__init_subclass__(**kwargs)
 
@@ -96,15 +94,6 @@ def row_class(hk_cls: type[hk.Module]) -> type[Row]:
     """Returns the Flax class for the rows of a Haiku class."""
     namespace = {"__module__": __name__, "__doc__": hk_cls.__doc__}
     return type(hk_cls.__name__, (Row,), namespace, haiku=hk_cls)
-
-
-def _flax_method(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def flax_method(self: Mirrored, *args: Any, **kwargs: Any) -> Any:
-        return self._run(name, args, kwargs)
-
-    flax_method.__name__ = name  # Flax's summary looks for the method by it
-    return flax_method
 
 
 def snapshot(value: Any, copies: dict[int, Any]) -> Any:
