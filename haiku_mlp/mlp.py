@@ -17,6 +17,7 @@ class MLP(hk.Module):
 
     The same model as ``netket.models.MLP``, with its defaults and, from the same
     weights, its numbers bit for bit.  By default it is one linear layer.
+    :class:`haiku_mlp.blocks.MLP` is the same with several outputs.
 
     As the logarithm of a wave function:
 
@@ -69,6 +70,14 @@ class MLP(hk.Module):
       >>> net.apply(params, None, jnp.ones((5, 3))).shape
       (5,)
     """
+
+    def __new__(cls, *args: Any, **arguments: Any) -> "MLP":  # noqa: D102
+        if "output_dim" in arguments and cls.__init__ is MLP.__init__:
+            raise TypeError(
+                f"haiku_mlp.MLP has one output, got output_dim={arguments['output_dim']!r}: "
+                "take haiku_mlp.blocks.MLP"
+            )
+        return super().__new__(cls)
 
     def __init__(
         self,

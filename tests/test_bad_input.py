@@ -71,6 +71,21 @@ def test_the_default_initializer_draws_floats(dtype):
         hk.transform(lambda x: haiku_mlp.MLP(param_dtype=dtype)(x)).init(KEY, X)
 
 
+def test_several_outputs_are_those_of_the_block():
+    """A subclass may have an argument of that name."""
+
+    class Several(haiku_mlp.MLP):
+        def __init__(self, output_dim):
+            super().__init__(hidden_dims=output_dim)
+
+    def call(module):
+        return hk.transform(lambda x: module(output_dim=3)(x)).init(KEY, X)
+
+    with pytest.raises(TypeError, match=r"one output, got output_dim=3: take haiku_mlp\.blocks"):
+        call(haiku_mlp.MLP)
+    assert "several/block/linear_1" in call(Several)
+
+
 KEYS = {
     "none": (None, "should be of shape"),
     "number": (5, "should be of shape"),

@@ -1,8 +1,10 @@
 """The main job's command line."""
 
 import dataclasses
+import os
 import re
 import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -94,12 +96,30 @@ sys.meta_path.insert(0, Blocker())
 """
 
 
-def test_haiku_face_needs_neither_flax_nor_matplotlib(run):
+def test_haiku_face_needs_neither_flax_nor_matplotlib(run, monkeypatch):
+    """Nor a terminal that shows the frames of its table."""
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     before = WATCH_IMPORTS + BLOCK.format(names=["matplotlib"])
     process = run("--face", "haiku", "--steps", 1, before=before)
     assert process.returncode == 0, process.stderr
     assert process.stdout.splitlines()[-1] == "importers of flax: [] False"
     assert "Flax face" not in process.stdout
+    assert "? mlp (MLP)" in process.stdout
+
+
+def test_a_reader_that_leaves():
+    """As ``| head -1`` does."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "haiku_mlp", "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},  # argparse hides its own error
+    )
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 1
+    process.stderr.close()
 
 
 def test_the_watch_on_imports_can_fail(run, tmp_path):
