@@ -14,6 +14,7 @@ from flax import serialization, traverse_util
 
 import compat
 import haiku_mlp
+from compat.netket import local_energies
 
 HILBERT = nk.hilbert.Spin(0.5, 4)
 HAMILTONIAN = nk.operator.Ising(HILBERT, nk.graph.Chain(4), h=1.0)
@@ -24,8 +25,9 @@ MODELS = (compat.MLP, nk.models.MLP)
 
 
 @pytest.fixture(autouse=True)
-def as_netket_runs(optimized):
-    """With rank promotion, and optimised."""
+def as_netket_runs(optimized, monkeypatch):
+    """With rank promotion, optimised, and as without an import of ``compat.netket``."""
+    monkeypatch.setattr(local_energies, "is_ours", lambda state: False)
     with jax.numpy_rank_promotion("allow"):
         yield
 

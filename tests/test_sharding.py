@@ -22,7 +22,7 @@ HERE = pathlib.Path(__file__).parent
         pytest.param(
             "scripts/four_devices_netket.py",
             {"NETKET_EXPERIMENTAL_SHARDING_CPU": "4"},
-            1,
+            3,
             marks=pytest.mark.slow,
         ),
     ],

@@ -34,6 +34,12 @@ def layers(model: Any, variables: Any) -> tuple[Layer, ...] | None:
     return found if are_functions else None
 
 
+def bits(network: tuple[Layer, ...], x: jax.Array) -> int:
+    """Returns the precision of the first layer at ``x``; 0 where it is no inexact number."""
+    dtype = jnp.result_type(x, network[0].w)
+    return jnp.finfo(dtype).bits if jnp.issubdtype(dtype, jnp.inexact) else 0
+
+
 @functools.lru_cache
 def _is_function(activation: Any, dtype: Any) -> bool:
     """Returns whether the activation runs outside of any module."""

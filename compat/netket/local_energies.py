@@ -1,65 +1,134 @@
-"""Local energies by the structure of the model, where it has one."""
+"""Local energies by the structure of the model, by NetKet's own dispatch.
 
-import functools
+NetKet asks ``netket.vqs.get_local_kernel`` how to compute local values, for ``expect``,
+gradients, variances and its drivers alike.  The methods registered here answer for a state
+whose model is a :class:`compat.MLP`: the same values, from
+:func:`haiku_mlp.structure.at_configurations`.
+"""
+
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import netket as nk
+from netket.jax import HashablePartial, apply_chunked
+from netket.jax.sharding import sharding_decorator
+from netket.operator import DiscreteJaxOperator, DiscreteOperator
+from netket.vqs import MCState, get_local_kernel
+from plum import Signature
 
-from haiku_mlp.structure.changes import count, last
+from haiku_mlp.structure import at_configurations, forward
 
 from ..flax_adapter import MLP
+from .layers import bits, layers
+
+# Entries of the connected configurations that are in memory at once.
+_CACHE_ENTRIES, _MEMORY_ENTRIES = 2**21, 2**28
 
 
-def local_energies(state: nk.vqs.MCState, hamiltonian: Any) -> jax.Array:
-    """Returns the local energies ``(chains, samples of each)`` on the state's samples.
+def local_energies(state: MCState, hamiltonian: Any) -> jax.Array:
+    """Returns the local energies ``(chains, samples of each)`` on the state's samples."""
+    return state.local_estimators(hamiltonian).data
 
-    They are those of ``state.local_estimators(hamiltonian)``.  Where few sites of a
-    :class:`compat.MLP` change, they come from ``connected``.
+
+def is_ours(state: Any) -> bool:
+    """Returns whether the methods registered here answer for the state."""
+    return isinstance(state, MCState) and type(state.model) is MLP
+
+
+class _ByModel(type(MCState)):  # type: ignore[misc]
+    def __instancecheck__(cls, state: Any) -> bool:
+        return is_ours(state)
+
+
+class _StateOfMLP(MCState, metaclass=_ByModel):
+    """What a state of a :class:`compat.MLP` is an instance of, for the dispatch."""
+
+    __faithful__ = False  # for plum: two states of one type may differ in this
+
+
+def _signatures(*more: type) -> list[Signature]:
+    # Below NetKet's precedence, so that methods for a kind of operator or state go first.
+    kinds = (DiscreteOperator, DiscreteJaxOperator)
+    return [Signature(_StateOfMLP, kind, *more, precedence=-1) for kind in kinds]
+
+
+@get_local_kernel.dispatch_multi(*_signatures())
+def _kernel(state: Any, operator: Any) -> Callable:
+    stock = get_local_kernel.invoke(MCState, type(operator))(state, operator)
+    return HashablePartial(_local_values, state.model, stock)
+
+
+@get_local_kernel.dispatch_multi(*_signatures(int))
+def _chunked_kernel(state: Any, operator: Any, chunk_size: int) -> Callable:
+    stock = get_local_kernel.invoke(MCState, type(operator), int)(state, operator, chunk_size)
+    return HashablePartial(_local_values, state.model, stock)
+
+
+def _local_values(
+    model: MLP,
+    stock: Callable,
+    logpsi: Callable,
+    variables: Any,
+    samples: jax.Array,
+    connected: Any,
+    **options: int,
+) -> jax.Array:
+    """Returns the local values ``(B,)``, as NetKet's own kernel ``stock`` does.
 
     Args:
-      state: A state of any model.
-      hamiltonian: The operator.
+      model: The model.
+      stock: Takes the other arguments.
+      logpsi: The model's call.
+      variables: Its variables.
+      samples: ``(B, N)``.
+      connected: An operator, or configurations ``(B, K, N)`` and their elements ``(B, K)``.
+      options: ``chunk_size``, the number of configurations in memory at once, or none.
     """
-    samples = state.samples
-    is_known = type(state.model) is MLP and state.chunk_size is None
-    if is_known and isinstance(hamiltonian, nk.operator.DiscreteJaxOperator):
-        flat = samples.reshape(-1, samples.shape[-1])
-        num_changes = int(_num_changes(hamiltonian, flat))
-        if 1 <= num_changes <= flat.shape[-1] // 8:
-            energies = _connected_energies(
-                state.model, state.variables, hamiltonian, flat, num_changes=num_changes
-            )
-            return energies.reshape(samples.shape[:-1])
-    return state.local_estimators(hamiltonian)
+    network = layers(model, variables)
+    if network is None or bits(network, samples) < 32:
+        return stock(logpsi, variables, samples, connected, **options)
+    if not isinstance(connected, DiscreteJaxOperator):
+        configurations, elements = connected
+        configurations = jnp.reshape(configurations, (len(samples), -1, samples.shape[-1]))
+        connected = configurations, jnp.reshape(elements, configurations.shape[:-1])
+    return _values(model, options.get("chunk_size"), variables, samples, connected)
 
 
-@jax.jit
-def _num_changes(hamiltonian: Any, samples: jax.Array) -> jax.Array:
-    """Returns in how many sites a sample and one connected to it differ at most."""
-    connected, _ = hamiltonian.get_conn_padded(samples)
-    return jnp.max(count(connected != samples[:, None]), initial=0)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "num_changes"))
-def _connected_energies(
-    model: MLP, variables: Any, hamiltonian: Any, samples: jax.Array, *, num_changes: int
+@jax.jit(static_argnums=(0, 1))
+def _values(
+    model: MLP, chunk_size: int | None, variables: Any, samples: jax.Array, connected: Any
 ) -> jax.Array:
-    """Returns the local energies ``(B,)`` by :func:`haiku_mlp.structure.connected`."""
-    connected, elements = hamiltonian.get_conn_padded(samples)
-    present = jnp.broadcast_to(samples[:, None], connected.shape)
-    changed = connected != present
-    sites, values = [], []
-    for _ in range(num_changes):
-        site = jnp.maximum(last(changed) - 1, 0)[..., None]  # 0 where no change is left
-        is_change, new, old = (
-            jnp.take_along_axis(array, site, -1) for array in (changed, connected, present)
-        )
-        sites.append(site)
-        values.append(jnp.where(is_change, new, old))
-        changed &= jnp.arange(changed.shape[-1]).reshape(1, 1, -1) != site
-    changes = jnp.concatenate(sites, -1), jnp.concatenate(values, -1)
-    log_values: Any = model.apply(variables, samples, *changes, method="connected")
-    log_value: Any = model.apply(variables, samples)
-    return jnp.sum(elements * jnp.exp(log_values - log_value[:, None]), -1)
+    is_operator = isinstance(connected, DiscreteJaxOperator)
+    axes = (None, 0, None if is_operator else 0)
+
+    def values(variables: Any, samples: jax.Array, connected: Any) -> jax.Array:
+        network: Any = layers(model, variables)
+        if is_operator:
+            connected = connected.get_conn_padded(samples)
+        configurations, elements = connected
+        at_samples = forward(network, samples)[:, 0]
+        others = at_configurations(network, samples, configurations, block_size=chunk_size)
+        return jnp.sum(elements * jnp.exp(others[..., 0] - at_samples[:, None]), -1)
+
+    def of_one_device(variables: Any, samples: jax.Array, connected: Any) -> jax.Array:
+        num_connected = connected.max_conn_size if is_operator else connected[0].shape[1]
+        num_samples, num_sites = samples.shape
+        size = _chunk(num_samples, num_sites, num_connected, chunk_size)
+        chunked = apply_chunked(values, axes, chunk_size=size, axis_0_is_sharded=False)
+        return chunked(variables, samples, connected)
+
+    by_device = tuple(axis == 0 for axis in axes)
+    run = sharding_decorator(of_one_device, by_device, pvary_args_tree=(True, False, False))
+    return run(variables, samples, connected)
+
+
+def _chunk(num_samples: int, num_sites: int, num_connected: int, chunk_size: int | None) -> int:
+    """Returns the number of samples at a time: a power of two times fewer than all."""
+    is_cpu = jax.default_backend() == "cpu"
+    most = (_CACHE_ENTRIES if is_cpu else _MEMORY_ENTRIES) // num_sites
+    if chunk_size is not None:
+        most = min(most, chunk_size)
+    parts = num_samples * num_connected / max(most, 1)
+    return max(1, -(-num_samples // 2 ** max(0, math.ceil(math.log2(max(parts, 1))))))

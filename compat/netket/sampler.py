@@ -11,7 +11,7 @@ from netket.utils import struct
 
 from haiku_mlp.structure import Layer, changes, forward
 
-from .layers import layers
+from .layers import bits, layers
 from .proposals import Move, Proposals, proposals
 
 # How many times the error at the start of a sweep is in doubt.
@@ -98,14 +98,14 @@ class StructuredMetropolis(nk.sampler.MetropolisSampler):
         network = layers(machine, parameters)
         rng, move_keys, uniform_keys = _keys(state.rng, self.sweep_size)
         moves = None
-        if network is not None and self.chunk_size is None and _bits(network, state.σ) >= 32:
+        if network is not None and self._gains(network, state.σ):
             moves = proposals(self, machine, parameters, state, move_keys)
         if network is None or moves is None:
             return super()._sample_next(machine, parameters, state)
         num_chains = len(state.σ)
         draw = jax.vmap(lambda key: jax.random.uniform(key, (num_chains,)), out_axes=1)
         # Chains never meet: each device sweeps its own without a word to the others.
-        run = _sweep(network, moves, screened=self.screened or _bits(network, state.σ) == 32)
+        run = _sweep(network, moves, screened=self.screened or bits(network, state.σ) == 32)
         if moves.by_chain:
             run = sharding_decorator(run, (False,) * 3 + (True,) * 6, (False,) * 3)
         σ, log_prob, num_accepted = run(
@@ -128,13 +128,9 @@ class StructuredMetropolis(nk.sampler.MetropolisSampler):
         )
         return state, (σ, log_prob)
 
-
-def _bits(network: tuple[Layer, ...], σ: jax.Array) -> int:
-    """Returns the precision of the first layer; 0 for one layer, which has nothing to save."""
-    dtype = jnp.result_type(σ, network[0].w)
-    if len(network) == 1 or not jnp.issubdtype(dtype, jnp.inexact):
-        return 0
-    return jnp.finfo(dtype).bits
+    def _gains(self, network: tuple[Layer, ...], σ: jax.Array) -> bool:
+        # One layer has nothing to save.
+        return len(network) > 1 and self.chunk_size is None and bits(network, σ) >= 32
 
 
 def _keys(rng: jax.Array, sweep_size: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -1,5 +1,6 @@
 """What a multi-layer perceptron can compute because it is one: functions of its layers."""
 
+from haiku_mlp.structure.configurations import at_configurations
 from haiku_mlp.structure.connected import connected
 from haiku_mlp.structure.laplacian import Derivatives, laplacian
 from haiku_mlp.structure.layers import Layer, forward
@@ -8,6 +9,7 @@ from haiku_mlp.structure.tangent_kernel import tangent_kernel
 __all__ = [
     "Derivatives",
     "Layer",
+    "at_configurations",
     "connected",
     "forward",
     "laplacian",

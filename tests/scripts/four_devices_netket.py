@@ -3,8 +3,10 @@
 import jax
 import netket as nk
 import numpy as np
+import pytest
 
 import compat
+from compat.netket import local_energies
 
 
 def train(model):
@@ -22,10 +24,28 @@ def train(model):
     return log.data["Energy"].Mean, state
 
 
-def test_vmc():
+def test_vmc(monkeypatch):
     assert jax.device_count() == 4
+    monkeypatch.setattr(local_energies, "is_ours", lambda state: False)
     with jax.numpy_rank_promotion("allow"):  # NetKet's operators promote ranks
         energies, state = train(compat.MLP(hidden_dims=(8,)))
         expected, _ = train(nk.models.MLP(hidden_dims=(8,)))
     assert {shard.data.shape for shard in state.samples.addressable_shards} == {(2, 8, 4)}
     np.testing.assert_array_equal(energies, expected)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 8])
+def test_local_energies(chunk_size):
+    """Each device finds and evaluates its own connected configurations."""
+    hilbert = nk.hilbert.Spin(0.5, 16)
+    hamiltonian = nk.operator.IsingJax(hilbert, nk.graph.Chain(16), h=1.0)
+    sampler = nk.sampler.MetropolisLocal(hilbert, n_chains=8)
+    options = {"n_samples": 64, "seed": 1, "sampler_seed": 2, "chunk_size": chunk_size}
+    with jax.numpy_rank_promotion("allow"):
+        ours, stock = (
+            nk.vqs.MCState(sampler, model(hidden_dims=(8,)), **options).expect_and_grad(hamiltonian)
+            for model in (compat.MLP, nk.models.MLP)
+        )
+    np.testing.assert_allclose(ours[0].mean, stock[0].mean, rtol=1e-12)
+    for a, b in zip(*map(jax.tree.leaves, (ours[1], stock[1])), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)

@@ -1,0 +1,235 @@
+"""Local energies by the structure of the model against NetKet's own, through its own calls."""
+
+import cases
+import jax
+import jax.numpy as jnp
+import netket as nk
+import numpy as np
+import optax
+import pytest
+from comparison import assert_close
+from flax import linen as nn
+from netket.vqs.mc import kernels
+
+import compat
+from compat.netket import local_energies
+from haiku_mlp.structure import Layer, at_configurations, forward
+
+CHAIN = nk.graph.Chain(16)
+SPINS = nk.hilbert.Spin(0.5, 16)
+ZERO = nk.hilbert.Spin(0.5, 16, total_sz=0)
+FOCK = nk.hilbert.Fock(3, 16)
+ISING = nk.operator.IsingJax(SPINS, CHAIN, h=0.7)
+
+OPERATORS = {
+    "ising": ISING,
+    "diagonal": nk.operator.IsingJax(SPINS, CHAIN, h=0.0),
+    "heisenberg": nk.operator.Heisenberg(ZERO, CHAIN).to_jax_operator(),
+    "bosons": nk.operator.BoseHubbardJax(FOCK, CHAIN, U=1.0),
+    "five_sites": nk.operator.PauliStringsJax(SPINS, ["XXXXX" + 11 * "I", "Y" + 15 * "I"], [1, 2]),
+    "sum": ISING + nk.operator.PauliStringsJax(SPINS, ["XX" + 14 * "I"], [0.5]),
+    "numba": nk.operator.Ising(SPINS, CHAIN, h=0.7).to_numba_operator(),
+}
+MODELS = {
+    "real": {"hidden_dims": (5, 4)},
+    "complex": {"hidden_dims": (5,), "param_dtype": complex, "hidden_activations": jnp.tanh},
+    "split": {"hidden_dims": (5,), "param_dtype": complex, "hidden_activations": cases.split_gelu},
+    "single": {"hidden_dims": (5,), "param_dtype": jnp.float32},
+    "linear": {"use_output_bias": True},
+    "half": {"hidden_dims": (5,), "param_dtype": jnp.bfloat16},
+    "trainable": {"hidden_dims": (5,), "hidden_activations": nn.PReLU()},
+}
+
+
+@pytest.fixture(autouse=True)
+def netket_promotes_ranks():
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def state_of(model, hilbert=SPINS, **options):
+    sampler = nk.sampler.MetropolisLocal(hilbert, n_chains=4)
+    if hilbert is ZERO:
+        sampler = nk.sampler.MetropolisExchange(hilbert, graph=CHAIN, n_chains=4)
+    options = {"n_samples": 16, "n_discard_per_chain": 0, "seed": 3, **options}
+    return nk.vqs.MCState(sampler, model, **options)
+
+
+def pair(fields, **options):
+    """Returns a state of our model and one of NetKet's, with the same weights and samples."""
+    ours, stock = (state_of(cls(**fields), **options) for cls in (compat.MLP, nk.models.MLP))
+    assert (ours.samples == stock.samples).all()
+    return ours, stock
+
+
+def is_ours(kernel):
+    return getattr(kernel, "func", None) is local_energies._local_values
+
+
+class TestConfigurations:
+    @staticmethod
+    def network(num_inputs=32, dtype=float):
+        rng = np.random.default_rng(0)
+        weights = [rng.normal(size=shape) / shape[0] for shape in ((num_inputs, 6), (6, 2))]
+        w, v = (jnp.asarray(a).astype(dtype) for a in weights)
+        return Layer(w, jnp.arange(6) / 7, jnp.tanh), Layer(v)
+
+    @staticmethod
+    def configurations(num_changes, num_inputs=32, dtype=jnp.int8):
+        """Returns ``x`` and ``y`` of which some are equal to it, the others differ as told."""
+        rng = np.random.default_rng(1)
+        x = rng.choice([-1, 1], (3, num_inputs))
+        y = np.repeat(x[:, None], 7, 1)
+        for row in y.reshape(-1, num_inputs)[::2]:
+            row[rng.permutation(num_inputs)[: rng.integers(num_changes + 1)]] *= -1
+        y[1, 2, :num_changes] = -x[1, :num_changes]
+        return jnp.asarray(x, dtype), jnp.asarray(y, dtype)
+
+    @pytest.mark.parametrize("num_changes", [0, 1, 2, 3, 4, 5])
+    @pytest.mark.parametrize("block_size", [None, 4])
+    def test_equal_the_full_evaluation(self, num_changes, block_size):
+        network, (x, y) = self.network(), self.configurations(num_changes)
+        assert_close(
+            at_configurations(network, x, y, block_size=block_size), forward(network, y), 1e-14
+        )
+
+    @pytest.mark.parametrize(("num_inputs", "dtype"), [(5, float), (16, jnp.float32)])
+    def test_dtypes_and_few_inputs(self, num_inputs, dtype):
+        network = self.network(num_inputs, complex)
+        x, y = self.configurations(2, num_inputs, dtype)
+        assert_close(at_configurations(network, x, y), forward(network, y), 1e-14)
+
+    @pytest.mark.parametrize("shape", [(0, 7), (3, 0)])
+    def test_none(self, shape):
+        x, y = jnp.ones((shape[0], 32)), jnp.ones((*shape, 32))
+        assert at_configurations(self.network(), x, y).shape == (*shape, 2)
+
+    @pytest.mark.parametrize("transform", [jax.grad, lambda f: jax.grad(lambda w: f(w) ** 2)])
+    def test_derivatives(self, transform):
+        first, last = self.network()
+        x, y = self.configurations(2)
+
+        def total(function):
+            return lambda w: jnp.sum(jnp.sin(function((first._replace(w=w), last))))
+
+        assert_close(
+            transform(total(lambda network: at_configurations(network, x, y)))(first.w),
+            transform(total(lambda network: forward(network, y)))(first.w),
+            1e-13,
+        )
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators(name):
+    operator = OPERATORS[name]
+    ours, stock = pair(MODELS["real"], hilbert=operator.hilbert)
+    assert is_ours(nk.vqs.get_local_kernel(ours, operator))
+    assert_close(ours.local_estimators(operator).data, stock.local_estimators(operator).data, 1e-13)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "real"])
+def test_models(name):
+    ours, stock = (
+        pair(MODELS[name]) if name != "trainable" else 2 * (state_of(compat.MLP(**MODELS[name])),)
+    )
+    energies = ours.local_estimators(ISING).data
+    kernel = nk.vqs.get_local_kernel.invoke(nk.vqs.MCState, type(ISING))(stock, ISING)
+    expected = kernel(stock._apply_fun, stock.variables, stock.samples.reshape(-1, 16), ISING)
+    assert_close(energies.reshape(-1), expected, {"single": 1e-5, "half": 0}.get(name, 1e-13))
+
+
+class TestCalls:
+    """What NetKet computes from local values, of a state in chunks or not."""
+
+    @pytest.mark.parametrize("chunk_size", [None, 32, 8])
+    def test_energy_and_gradient(self, chunk_size):
+        ours, stock = pair(MODELS["real"], chunk_size=chunk_size)
+        (energy, gradient), (expected, expected_gradient) = (
+            state.expect_and_grad(ISING) for state in (ours, stock)
+        )
+        assert_close([energy.mean, energy.variance], [expected.mean, expected.variance], 1e-12)
+        assert_close(gradient, expected_gradient, 1e-12)
+        assert_close(ours.expect(ISING).mean, expected.mean, 1e-12)
+
+    def test_variance_and_gradient(self):
+        variance = nk.observable.VarianceObservable(ISING)
+        (energy, gradient), (expected, expected_gradient) = (
+            state.expect_and_grad(variance) for state in pair(MODELS["real"])
+        )
+        assert_close(energy.mean, expected.mean, 1e-12)
+        assert_close(gradient, expected_gradient, 1e-10)
+
+    @pytest.mark.parametrize("driver", [nk.driver.VMC_SR, nk.driver.VMC])
+    def test_drivers(self, driver):
+        options = {"diag_shift": 0.01, "use_ntk": True} if driver is nk.driver.VMC_SR else {}
+        steps = [
+            driver(
+                ISING, optax.sgd(0.1), variational_state=state, **options
+            ).compute_loss_and_update()
+            for state in pair(MODELS["real"])
+        ]
+        assert_close(*(step[1] for step in steps), 1e-9)
+
+
+class TestDispatch:
+    def test_equal_states_share_a_program(self):
+        kernels = [
+            nk.vqs.get_local_kernel(state_of(compat.MLP(**MODELS["real"])), ISING, chunk_size)
+            for chunk_size in (None, None, 4)
+        ]
+        assert kernels[0] == kernels[1] != kernels[2]
+        assert hash(kernels[0]) == hash(kernels[1])
+
+    def test_other_models_and_operators_keep_netkets(self):
+        ours = state_of(compat.MLP(**MODELS["real"]))
+        others = [
+            nk.models.MLP(hidden_dims=(5,)),
+            type("Mine", (compat.MLP,), {})(hidden_dims=(5,)),
+        ]
+        for state in map(state_of, others):
+            assert nk.vqs.get_local_kernel(state, ISING) is kernels.local_value_kernel_jax
+        squared = nk.operator.Squared(ISING)
+        assert nk.vqs.get_local_kernel(ours, squared) is kernels.local_value_squared_kernel
+        mixed = nk.vqs.MCMixedState(
+            nk.sampler.MetropolisLocal(nk.hilbert.DoubledHilbert(nk.hilbert.Spin(0.5, 2))),
+            compat.MLP(hidden_dims=(5,)),
+        )
+        operator = nk.operator.IsingJax(
+            nk.hilbert.Spin(0.5, 2), nk.graph.Chain(2, pbc=False), h=1.0
+        )
+        assert not is_ours(nk.vqs.get_local_kernel(mixed, operator))
+
+    def test_methods_for_an_operator_go_first(self):
+        class Mine(nk.operator.IsingJax):
+            pass
+
+        @nk.vqs.get_local_kernel.dispatch
+        def _(state: nk.vqs.MCState, operator: Mine):
+            return "mine"
+
+        state = state_of(compat.MLP(**MODELS["real"]))
+        assert nk.vqs.get_local_kernel(state, Mine(SPINS, CHAIN, h=1.0)) == "mine"
+        assert is_ours(nk.vqs.get_local_kernel(state, ISING))
+
+    def test_the_packed_kernel_is_fallen_back_to_where_it_is_on(self):
+        state = state_of(compat.MLP(**MODELS["half"]))
+        nk.config.netket_experimental_packed_kernel = True
+        try:
+            kernel = nk.vqs.get_local_kernel(state, ISING)
+        finally:
+            nk.config.netket_experimental_packed_kernel = False
+        assert "packed" in kernel.args[1].__name__
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ((1024, 128, 129, None), 64),
+        ((16, 4, 5, None), 16),
+        ((100, 64, 64, 640), 7),
+        ((8, 64, 64, 3), 1),
+        ((0, 4, 5, None), 1),
+    ],
+)
+def test_samples_at_a_time(sizes, expected):
+    assert local_energies._chunk(*sizes) == expected
