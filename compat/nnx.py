@@ -1,19 +1,23 @@
 """Haiku modules as Flax NNX modules: the other Flax face.
 
-A model is a tree of :class:`flax.nnx.Module`, one for each Haiku module, with the names
-that Haiku gives them, and ``nnx.Param`` and :class:`HaikuState` in it:
-``model.block.linear_0.w``.
+A model is a tree of :class:`flax.nnx.Module`, one for each Haiku module, with ``nnx.Param``
+and :class:`HaikuState` in it: ``model.mlp.linear_0.w``.  The names are Haiku's, without
+``~``; one that is taken, by a method for instance, has a ``_`` behind.
 
 From ``rngs=nnx.Rngs(key)`` a model has the values of its Linen face, those of
 ``init(rngs.params(), *example)``: one key for the whole model, so that one rule holds for
 all Haiku modules, and ``compat.MLP``, NetKet's MLP and this MLP are one model from one key.
 (A stack of ``nnx.Linear`` draws a key for each parameter, in the order of the lines of its
-constructor, which a Haiku module does not have.)  A call that draws random keys takes them
-from the model's copy of the stream ``dropout``, and only if Haiku draws: a deterministic model
-may be closed over by ``jax.jit``.
+constructor, which a Haiku module does not have.)
 
-A submodule may be called by itself, where it needs no values but its own, and replaced:
-``model.block.linear_0 = nnx.Linear(...)``.
+A call updates the state.  It draws random keys from the model's copy of the stream
+``dropout``, and only if Haiku draws: a deterministic model may be closed over by
+``jax.jit``.  ``rngs=nnx.Rngs(...)`` in a call takes the place of that stream.
+``is_training`` is what ``model.train()`` and ``model.eval()`` set, unless a call gives it.
+
+A submodule may be called by itself, where it needs no values but its own, and replaced, by
+a native module or one from another model: ``model.block.linear_0 = nnx.Linear(...)``.  That
+runs its own code; a native one takes no ``is_training`` but has a mode of its own.
 :func:`get_variables` and :func:`set_variables` lead to the trees of Linen and Haiku.
 
 Flax 0.11 is the lowest version, where ``nnx.capture`` and ``nnx.iter_modules`` are not yet.
@@ -88,7 +92,8 @@ class Face(Node):  # type: ignore[metaclass]
         self._source, self._path = Source(face, method, arguments, layout), ()
         for path, hk_cls in layout.classes.items():
             if path:
-                setattr(self._at(path[:-1]), path[-1], node_class(hk_cls)(self._source, path))
+                node = node_class(hk_cls, Node)(self._source, path)
+                setattr(self._at(path[:-1]), path[-1], node)
         trees = _haiku_trees(face, variables)
         for (collection, module_name, name), path in layout.values.items():
             array = trees[collection][module_name][name]
@@ -152,6 +157,9 @@ class HaikuFunction(Face):
         .init(rngs.params(), *example)``.  A model that draws random keys takes its own
         from the stream ``dropout``.
 
+    Raises:
+      TypeError: ``example`` is no tuple, ``rngs`` no ``nnx.Rngs``, or ``fn`` no function.
+
     Example::
 
       >>> import haiku as hk, jax.numpy as jnp
@@ -207,12 +215,15 @@ class Wrapped(Face):
 def wrap(hk_cls: type[hk.Module]) -> type[Face]:
     """Returns the NNX module class of a Haiku module class.
 
-    It takes the arguments of the Haiku constructor, ``name`` apart, and ``example`` and
-    ``rngs`` as :class:`HaikuFunction`.  Its methods are the public methods of ``hk_cls``,
-    apart from those whose names Flax needs for itself.
+    It takes the arguments of the Haiku constructor, ``name`` apart, and
 
-    ``is_training`` is set by ``model.train()`` and ``model.eval()`` where a call does not
-    give it; at first it is what the Haiku code has as default, without a default true.
+    - ``example`` and ``rngs`` as :class:`HaikuFunction`,
+    - ``method``, the name of the method that takes the example (``"__call__"``), or a
+      function of the module that calls several: ``lambda module, x: module.decode(...)``.
+
+    Its methods are the public methods of ``hk_cls``, apart from those whose names Flax needs
+    for itself: :func:`compat.haiku_method` reaches them.  At first ``is_training`` is what
+    the Haiku code has as default, true without a default.
 
     Args:
       hk_cls: A subclass of :class:`haiku.Module`.
@@ -221,7 +232,7 @@ def wrap(hk_cls: type[hk.Module]) -> type[Face]:
       The class, the same one each time.
 
     Raises:
-      TypeError: ``hk_cls`` is no subclass of :class:`haiku.Module`.
+      TypeError: ``hk_cls`` is no subclass of :class:`haiku.Module`, or has no ``method``.
 
     Example::
 

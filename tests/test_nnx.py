@@ -11,7 +11,8 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from comparison import assert_identical
+from cases import GOOD
+from comparison import assert_identical, lowered_text
 from flax import errors, nnx
 from flax import linen as nn
 from tables.haiku_modules import MODULES
@@ -137,6 +138,27 @@ def test_initial_values_are_those_of_linen():
     )
 
 
+EACH_FIELD = (
+    *("two_layers", "alpha", "complex64", "activations", "output_activation"),
+    *("no_hidden_bias", "output_bias", "precision", "kernel_init", "bias_init"),
+)
+
+
+@pytest.mark.parametrize("name", EACH_FIELD)
+def test_each_field_gives_the_values_of_linen(name):
+    fields = GOOD[name]
+
+    def ours(key):
+        model = compat_nnx.MLP(3, **fields, rngs=nnx.Rngs(key))
+        return compat_nnx.get_variables(model), model(X)
+
+    def linens(key):
+        variables = compat.MLP(**fields).init(nnx.Rngs(key).params(), X)
+        return variables, compat.MLP(**fields).apply(variables, X)
+
+    assert lowered_text(ours, KEY) == lowered_text(linens, KEY)
+
+
 def test_the_numbers_are_those_of_nnx_linear():
     model = make_mlp()
     layers = [nnx.Linear(3, 4, rngs=nnx.Rngs(1)), nnx.Linear(4, 1, rngs=nnx.Rngs(2))]
@@ -170,6 +192,15 @@ def test_trees_go_to_linen_and_haiku_and_back(make):
     assert (jax.tree.leaves(nnx.state(other, nnx.Param))[0] == kernel + 1).all()
 
 
+def test_a_tree_of_haiku_becomes_the_models():
+    net = hk.transform_with_state(lambda x: Net(4)(x, is_training=True))
+    params, state = net.init(KEY, X)
+    model = make_net()
+    compat_nnx.set_variables(model, compat.to_flax(params, state, root="net"))
+    key = nnx.clone(model.rngs)()
+    assert_identical(model(X), net.apply(params, state, key, X)[0])
+
+
 def test_other_trees_are_refused():
     model, variables = make_mlp(), compat_nnx.get_variables(make_mlp(hidden_dims=(4, 4)))
     del variables["params"]["MLP_0"]["Dense_0"]["bias"]
@@ -199,27 +230,40 @@ def test_bad_arguments():
 # Plain Haiku's numbers and programs.
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name
-        if name in ("BatchNorm", "LSTM, dynamic_unroll")
-        else pytest.param(name, marks=pytest.mark.slow)
-        for name in MODULES
-    ],
-)
+@pytest.mark.parametrize("name", ["BatchNorm", "LSTM, dynamic_unroll"])
 def test_numbers_are_haikus(name, check_leaks):
     function, x = MODULES[name].function, MODULES[name].input()
     model = compat_nnx.HaikuFunction(function, example=(x,), rngs=nnx.Rngs(0))
     net = hk.transform_with_state(function)
     params, state = plain(model)
     assert jax.tree.structure((params, state)) == jax.tree.structure(net.init(KEY, x))
-    key = nnx.clone(model.rngs)() if hasattr(model, "rngs") else None
-    output, state = net.apply(params, state, key, x)
+    output, state = net.apply(params, state, None, x)
     assert_identical(model(x), output)
     assert_identical(plain(model), (params, state))
+
+
+FAST = ("MultiHeadAttention", "SpectralNorm", "nets.VectorQuantizerEMA", "GRU, dynamic_unroll")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in MODULES]
+)
+def test_programs_of_all_modules_are_haikus(name, check_leaks):
+    function, x = MODULES[name].function, MODULES[name].input()
+    model = nnx.eval_shape(
+        lambda: compat_nnx.HaikuFunction(function, example=(x,), rngs=nnx.Rngs(0))
+    )
     graph, values = nnx.split(model)
-    jax.jit(lambda values, x: nnx.merge(graph, values)(x)).lower(values, x)  # leaks are checked
+    net = hk.transform_with_state(function)
+
+    def ours(values, x):
+        model = nnx.merge(graph, values)
+        return model(x), plain(model)[1]
+
+    def theirs(values, x):
+        return net.apply(*plain(nnx.merge(graph, values)), None, x)
+
+    assert lowered_text(ours, values, x) == lowered_text(theirs, values, x)
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
@@ -242,12 +286,9 @@ def test_the_program_is_haikus(make):
     def theirs(params, x):
         return net.apply(params, state, None, x)[0]
 
-    programs = [
-        jax.jit(function).lower(values, X).as_text().replace("jit_ours", "jit_theirs")
-        for function, values in ((ours, values), (theirs, params))
-    ]
-    assert "dot_general" in programs[0]
-    assert programs[0] == programs[1]
+    program = lowered_text(ours, values, X)
+    assert "dot_general" in program
+    assert program == lowered_text(theirs, params, X)
 
 
 # Transformations.
@@ -316,6 +357,32 @@ def test_scan_over_layers():
     np.testing.assert_allclose(y, x, rtol=1e-12)
 
 
+def test_an_ensemble_with_state_and_streams():
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap
+    def make(rngs):
+        return compat_nnx.wrap(Net)(4, example=(X,), rngs=rngs)
+
+    models = make(nnx.Rngs(0))
+    outputs = nnx.vmap(lambda model, x: model(x), in_axes=(0, None))(models, X)
+    assert len({output.tobytes() for output in np.asarray(outputs)}) == 3
+    assert models.batch_norm.mean_ema.counter[...].tolist() == [1, 1, 1]
+    assert models.rngs.count[...].tolist() == [1, 1, 1]
+
+
+def test_other_transformations():
+    model = make_net()
+    expected = make_net()(X)
+    remat = nnx.remat(lambda model, x: model(x))(nnx.clone(model), X)
+    np.testing.assert_allclose(remat, expected, rtol=1e-6)
+    branch = nnx.cond(True, lambda m, x: m(x), lambda m, x: 0 * m(x), nnx.clone(model), X)
+    np.testing.assert_allclose(branch, expected, rtol=1e-6)
+    nnx.fori_loop(0, 3, lambda i, carry: (carry[0], carry[0](X)), (model, expected))
+    assert model.batch_norm.mean_ema.counter[...] == model.rngs.count[...] == 3
+    made = nnx.jit(make_net)()
+    np.testing.assert_allclose(made(X), expected, rtol=1e-6)
+
+
 def test_a_deterministic_model_may_be_closed_over():
     for model in (make_mlp(), make_net()):
         model.eval()
@@ -323,6 +390,12 @@ def test_a_deterministic_model_may_be_closed_over():
     model.train()
     with pytest.raises(errors.TraceContextError):
         jax.jit(lambda x: model(x))(X)
+    closed = compat_nnx.HaikuFunction(
+        lambda x: hk.dropout(hk.next_rng_key(), 0.5, x), example=(X,), rngs=nnx.Rngs(0)
+    )
+    y = jax.jit(lambda x, key: closed(x, rngs=nnx.Rngs(dropout=key)))(X, KEY)
+    assert_identical(y, closed(X, rngs=nnx.Rngs(dropout=KEY)))
+    assert closed.rngs.count[...] == 0
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
@@ -413,9 +486,10 @@ def test_a_table_changes_nothing():
 
 
 def test_display(capsys):
-    model = make_mlp()
-    nnx.display(model)
-    assert "linear_0=Linear(" in capsys.readouterr().out + repr(model)
+    nnx.display(make_mlp())
+    shown = capsys.readouterr().out
+    assert "linear_0=Linear(" in shown
+    assert "Param" in shown
 
 
 def test_eval_shape():
@@ -439,6 +513,15 @@ def test_train_and_eval():
     model(X, is_training=True)  # what a call says goes first
     assert model.batch_norm.mean_ema.counter[...] == 3
     assert before["batch_norm"]["mean_ema"]["counter"][...] == 0
+
+
+def test_a_bridge_to_linen():
+    linen = nnx.bridge.to_linen(compat_nnx.wrap(Net), 4, example=(X,))
+    variables = linen.init({"params": KEY, "dropout": KEY}, X)
+    assert shapes(variables["params"]) == shapes(nnx.to_pure_dict(nnx.state(make_net(), nnx.Param)))
+    y, updated = linen.apply(variables, X, rngs={"dropout": KEY}, mutable=["HaikuState"])
+    assert y.shape == (5, 2)
+    assert updated["HaikuState"]["batch_norm"]["mean_ema"]["counter"] == 1
 
 
 def test_the_first_mode_is_that_of_the_code():
@@ -513,19 +596,26 @@ def test_orbax(tmp_path):
     assert_identical(other(X), model(X))
 
 
-def test_methods_of_the_mlp():
-    model = make_mlp()
-    variables = compat_nnx.get_variables(model)
+@pytest.mark.parametrize(
+    ("method", "args"),
+    [
+        ("tangent_kernel", (X,)),
+        ("laplacian", (X,)),
+        ("connected", (X, np.zeros((5, 2, 1), int), np.ones((5, 2, 1)))),
+    ],
+)
+def test_methods_of_the_mlp(method, args):
+    graph, values = nnx.split(make_mlp())
     linen = compat.MLP((4,), use_output_bias=True)
-    sites, values = jnp.zeros((5, 2, 1), int), jnp.ones((5, 2, 1))
-    for method, *args in (
-        ("tangent_kernel", X),
-        ("laplacian", X),
-        ("connected", X, sites, values),
-    ):
-        assert_identical(
-            getattr(model, method)(*args), linen.apply(variables, *args, method=method)
-        )
+
+    def ours(values):
+        return getattr(nnx.merge(graph, values), method)(*args)
+
+    def linens(values):
+        variables = compat_nnx.get_variables(nnx.merge(graph, values))
+        return linen.apply(variables, *args, method=method)
+
+    assert lowered_text(ours, values) == lowered_text(linens, values)
 
 
 # NetKet.

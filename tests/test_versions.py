@@ -18,7 +18,7 @@ def test_the_floors_are_what_is_tested():
 
 
 def test_the_tests_exist():
-    tests = versions.TESTS + versions.LOWEST_TESTS
+    tests = versions.TESTS + versions.LOWEST_TESTS + versions.NEWEST_TESTS
     folder = pathlib.Path(__file__).parent
     assert [name for name in tests if not (folder / name).exists()] == []
 

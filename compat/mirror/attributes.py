@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import types
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import haiku as hk
@@ -155,8 +155,12 @@ class _Trace:
 
         def call(*args: Any, **kwargs: Any) -> None:
             calls = Calls(self)
-            with calls.watched(), hk.custom_creator(_create_unboxed):
-                call_method(face._haiku(), method, args, kwargs)
+            with calls.watched(), hk.custom_creator(_unboxed):
+                haiku = face._haiku()
+                if callable(method):
+                    method(haiku, *args, **kwargs)
+                else:
+                    getattr(haiku, method)(*args, **kwargs)
             self.classes.update(calls.classes)
 
         def run(arrays: list[jax.Array]) -> tuple[Any, Any]:
@@ -186,34 +190,24 @@ class _Trace:
         return SILENT
 
 
-def call_method(module: Any, method: Method, args: Iterable[Any], kwargs: dict[str, Any]) -> Any:
-    """Calls a method by its name, or a function of the module, as Flax's ``method`` does."""
-    if callable(method):
-        return method(module, *args, **kwargs)
-    return getattr(module, method)(*args, **kwargs)
-
-
-def _create_unboxed(
-    next_creator: Callable[..., Any],
-    shape: Sequence[int],
-    dtype: Any,
-    init: Callable[..., Any],
-    context: hk.GetterContext,
-) -> Any:
+def _unboxed(make: Any, shape: Any, dtype: Any, init: Any, context: hk.GetterContext) -> Any:
     """Parameter creator: Haiku takes no box of Flax's (``nn.with_partitioning``)."""
-    return meta.unbox(next_creator(shape, dtype, init))
+    return meta.unbox(make(shape, dtype, init))
 
 
 def _is_abstract(leaf: Any) -> bool:
     return isinstance(leaf, jax.ShapeDtypeStruct)
 
 
-def _holds_tracer(module: hk.Module, seen: set[int]) -> bool:
-    """Returns whether a module, or one that it holds, keeps an array of the trace it is from."""
-    seen.add(id(module))
-    return any(
-        _holds_tracer(leaf, seen)
-        if isinstance(leaf, hk.Module) and id(leaf) not in seen
-        else isinstance(leaf, jax.core.Tracer)
-        for leaf in jax.tree.leaves(list(vars(module).values()))
-    )
+def _holds_tracer(value: Any, seen: set[int]) -> bool:
+    """Returns whether a Haiku module, or what it keeps, has an array of the trace it is from."""
+    if isinstance(value, hk.Module):
+        is_new = id(value) not in seen
+        seen.add(id(value))
+        return is_new and _holds_tracer(vars(value), seen)
+    if isinstance(value, dict):  # JAX would sort its keys, which may not be comparable
+        return any(_holds_tracer(entry, seen) for entry in value.values())
+    entries, treedef = jax.tree.flatten(value, is_leaf=lambda node: node is not value)
+    if jax.tree_util.treedef_is_leaf(treedef):
+        return isinstance(value, jax.core.Tracer)
+    return any(_holds_tracer(entry, seen) for entry in entries)

@@ -102,7 +102,7 @@ def reserved(hk_cls: type[hk.Module]) -> set[str]:
 
 
 @per_class
-def node_class(hk_cls: type[hk.Module], base: type[Node] = Node) -> Any:
+def node_class(hk_cls: type[hk.Module], base: type[Node]) -> Any:
     """Returns the class of the nodes that stand for modules of a Haiku class."""
     namespace = {
         "__module__": hk_cls.__module__,

@@ -23,8 +23,13 @@ ROOT = pathlib.Path(__file__).parents[2]
 NEWER_PYTHONS = ("3.12", "3.13")
 TIME_LIMIT = 600  # seconds, for an installation and for a test run
 
-# What depends on the versions; on the lowest also the texts of errors and all of Haiku's modules.
-TESTS = ("test_parity.py", "test_contract.py", "test_internals.py", "test_wrapping.py")
+# What depends on the versions; on the lowest also the texts of errors and all of Haiku's modules,
+# on the newest what the lowest has not.
+TESTS = (
+    *("test_parity.py", "test_contract.py", "test_internals.py", "test_wrapping.py"),
+    *("test_nnx.py", "test_nnx_modules.py"),
+)
+NEWEST_TESTS = ("test_nnx_tools.py",)
 LOWEST_TESTS = ("test_mirror.py", "test_trees.py", "test_bad_input.py", "test_intermediates.py")
 NEEDED = ("cloudpickle", "hypothesis", "netket", "orbax", "pytest", "safetensors")
 WARNINGS = "ignore\nerror:::(haiku_mlp|compat)(\\.|$)"
@@ -107,7 +112,7 @@ def check(name: str, version: str, pins: list[str], needed: list[str]) -> tuple[
         status, output = _run(
             [venv_python, "-m", "pytest", "-q", "-n", "2", "--tb=short", "-m", "not slow"]
             + ["-p", "no:cacheprovider", "-o", f"filterwarnings={WARNINGS}"]
-            + [*TESTS, *(LOWEST_TESTS if pins else ()), "test_planted.py"],
+            + [*TESTS, *(LOWEST_TESTS if pins else NEWEST_TESTS), "test_planted.py"],
             cwd=repo / "tests",
             JAX_PLATFORMS="cpu",
             HAIKU_MLP_LOWEST=str(int(name == "lowest")),
