@@ -5,6 +5,7 @@ from typing import Any
 import haiku as hk
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from haiku_mlp import arguments
 from haiku_mlp.initializers import (
@@ -93,8 +94,19 @@ def affine(x: jax.Array, w: jax.Array, b: jax.Array | None, precision: Any = Non
     """Returns ``x @ w + b``, promoted, by the operations of ``flax.linen.Dense``."""
     x, w, b = promote(x, w, b)
     contract_last = (((x.ndim - 1,), (0,)), ((), ()))
-    z = jax.lax.dot_general(x, w, contract_last, precision=precision)
+    z = jax.lax.dot_general(
+        x, w, contract_last, precision=precision, out_sharding=_out_sharding(x, w)
+    )
     return z if b is None else z + jnp.reshape(b, (1,) * (z.ndim - 1) + (-1,))
+
+
+def _out_sharding(x: jax.Array, w: jax.Array) -> NamedSharding | None:
+    """Returns the sharding of ``x @ w`` where a mesh with Explicit axes asks for it."""
+    of_x, of_w = (jax.typeof(a).sharding for a in (x, w))
+    if of_x.spec[-1] is None and of_w.spec[0] is None:
+        return None
+    mesh = of_w.mesh if of_x.mesh.empty else of_x.mesh
+    return NamedSharding(mesh, PartitionSpec(*of_x.spec[:-1], of_w.spec[-1]))
 
 
 def promote(

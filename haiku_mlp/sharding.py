@@ -21,6 +21,10 @@ def partition_specs(
     split in any case, since its outputs may be one.  The hidden sizes that are split must
     be multiples of the size of the axis; JAX says so where the specs are used.
 
+    The mesh may have Auto or Explicit axes.  On Explicit ones, the default of
+    :func:`jax.make_mesh` since JAX 0.9, JAX wants all but :func:`jax.device_put` done
+    ``with jax.set_mesh(mesh):``.
+
     An MLP is what has layers ``linear_0``, ``linear_1``, ...: :class:`haiku_mlp.MLP`, its
     block, ``hk.nets.MLP``.  All else, a single layer too, is whole on each device.
 
@@ -31,23 +35,48 @@ def partition_specs(
 
     Returns:
       A ``PartitionSpec`` for each parameter, in the same tree.  ``compat.to_flax`` makes
-      it that of the Flax face.
+      it that of the Flax face.  The state of an optimiser that is made of placed
+      parameters lies where they do.
 
     Raises:
       ValueError: The tree is not one of Haiku's.
 
     Example::
 
-      >>> import haiku as hk, jax, jax.numpy as jnp
+      >>> import haiku as hk, jax, jax.numpy as jnp, optax
+      >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec
       >>> import haiku_mlp
-      >>> net = hk.transform(lambda x: haiku_mlp.MLP(hidden_dims=(8,))(x))
-      >>> params = net.init(jax.random.key(0), jnp.ones((5, 3)))
+      >>> net = hk.without_apply_rng(hk.transform(lambda x: haiku_mlp.MLP(hidden_dims=8)(x)))
+      >>> x = jnp.linspace(-1., 1., 40)[:, None]
+      >>> params = net.init(jax.random.key(0), x)
       >>> specs = haiku_mlp.partition_specs(params)
-      >>> tuple(specs["mlp/block/linear_0"]["w"]), tuple(specs["mlp/block/linear_0"]["b"])
-      ((None, 'model'), ('model',))
-      >>> tuple(specs["mlp/block/linear_1"]["w"])
-      ('model', None)
+      >>> tuple(specs["mlp/block/linear_0"]["w"]), tuple(specs["mlp/block/linear_1"]["w"])
+      ((None, 'model'), ('model', None))
+
+      A training step with the samples over one axis of a mesh, the hidden units over
+      the other::
+
+      >>> mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+      >>> def place(tree, specs):
+      ...     return jax.device_put(tree, jax.tree.map(lambda s: NamedSharding(mesh, s), specs))
+      >>> params, x = place(params, specs), place(x, PartitionSpec("data"))
+      >>> optimiser = optax.adam(1e-2)
+      >>> state = optimiser.init(params)
+      >>> @jax.jit
+      ... def step(params, state):
+      ...     def loss(params):
+      ...         return jnp.mean((net.apply(params, x) - jnp.sin(3 * x[:, 0])) ** 2)
+      ...     updates, state = optimiser.update(jax.grad(loss)(params), state)
+      ...     return optax.apply_updates(params, updates), state
+      >>> params, state = step(params, state)
+      >>> params["mlp/block/linear_0"]["w"].shape
+      (1, 8)
     """
+    if not isinstance(params, Mapping):
+        raise ValueError(
+            f"params must be Haiku's, a dict of modules, got {type(params).__name__}; the state "
+            "of an optimiser lies where its parameters do: make it by optimiser.init(params)"
+        )
     splits = _splits(params)
     return {
         name: {

@@ -7,6 +7,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -18,7 +19,7 @@ HERE = pathlib.Path(__file__).parent
 @pytest.mark.parametrize(
     ("file", "environment", "number"),
     [
-        ("scripts/four_devices.py", {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, 12),
+        ("scripts/four_devices.py", {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, 14),
         pytest.param(
             "scripts/four_devices_netket.py",
             {"NETKET_EXPERIMENTAL_SHARDING_CPU": "4"},
@@ -71,6 +72,12 @@ def test_specs_beside_an_mlp():
         "net/norm": {"scale": P()},
         "~": {"offset": P()},
     }
+
+
+def test_specs_of_an_optimiser_are_refused():
+    state = optax.adam(0.1).init({"linear": {"w": jnp.ones((4, 4))}})
+    with pytest.raises(ValueError, match=r"got tuple; .* optimiser\.init\(params\)"):
+        haiku_mlp.partition_specs(state)
 
 
 def test_specs_of_a_flax_tree_are_refused():

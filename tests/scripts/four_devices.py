@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scripts import worker
 
 import compat
@@ -22,9 +22,9 @@ X = np.random.default_rng(0).normal(size=(8, 4))
 ROUNDING = 1e-13
 
 
-def run(face, data, model, steps=6):
+def run(face, data, model, steps=6, kind=AxisType.Auto):
     """Returns the losses of a training and the last weights."""
-    steps = list(worker.train(worker.FACES[face](), worker.make_mesh(data, model), steps))
+    steps = list(worker.train(worker.FACES[face](), worker.make_mesh(data, model, kind), steps))
     return [value for _, value, _ in steps], steps[-1][2]
 
 
@@ -49,6 +49,12 @@ def test_training(on_one_device, data, model):
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=ROUNDING), weights, haiku_weights
     )
     assert losses[-1] < losses[0] / 1.5
+
+
+@pytest.mark.parametrize("face", ["haiku", "flax"])
+def test_training_on_explicit_axes(face):
+    """Which are what ``jax.make_mesh`` gives: the same program, the types of the arrays apart."""
+    assert run(face, 2, 2, kind=AxisType.Explicit)[0] == run(face, 2, 2)[0]
 
 
 def test_each_device_holds_its_part_of_the_hidden_units():

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import compat
 import haiku_mlp
@@ -59,9 +59,9 @@ def flax_face() -> Face:
 FACES = {"haiku": haiku_face, "flax": flax_face}
 
 
-def make_mesh(data: int, model: int) -> Mesh:
+def make_mesh(data: int, model: int, kind: AxisType = AxisType.Auto) -> Mesh:
     devices = np.array(jax.devices()[: data * model]).reshape(data, model)
-    return Mesh(devices, ("data", "model"))
+    return Mesh(devices, ("data", "model"), axis_types=(kind, kind))
 
 
 def shardings(face: Face, mesh: Mesh) -> Any:
