@@ -4,9 +4,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .mirror.names import HaikuTree, Names, flatten, unflatten, unknown
+from .mirror.names import HaikuTree, Names, Tree, flatten, unflatten, unknown
 
-_NETKET = Names(root="mlp", netket=True)
+_LAYER = re.compile(r"mlp/block/linear_\d+$")
+_DENSE = re.compile(r"Dense_\d+$")
 
 
 def to_flax(
@@ -14,12 +15,24 @@ def to_flax(
     state: Mapping[str, Mapping[str, Any]] | None = None,
     *,
     root: str | None = None,
+    netket: bool | None = None,
 ) -> dict[str, Any]:
     """Returns the Flax variables of a Haiku tree.
 
-    The tree of :class:`haiku_mlp.MLP` gets NetKet's names and is that of
-    :class:`compat.MLP`.  Any other keeps Haiku's names and is that of
-    :class:`compat.HaikuFunction`; with ``root``, that of :func:`compat.wrap`.
+    They keep Haiku's names, and are those of :class:`compat.HaikuFunction`; with ``root``,
+    those of :func:`compat.wrap`; with ``netket``, those of :class:`compat.MLP` and
+    :class:`compat.blocks.MLP`.
+
+    ===========================================  =====================  =====================
+    from Haiku                                   to                     by
+    ===========================================  =====================  =====================
+    a function                                   ``HaikuFunction``      ``to_flax(params)``
+    a module called ``net``                      ``wrap``               ``root="net"``
+    ``haiku_mlp.MLP``                            ``MLP``                ``to_flax(params)``
+    ``haiku_mlp.MLP`` in a function              ``HaikuFunction``      ``netket=False``
+    ``MLP`` or ``blocks.MLP`` called ``net``     the same in Flax       ``root="net"``,
+                                                                        ``netket=True``
+    ===========================================  =====================  =====================
 
     A value with the name of a submodule, or which is itself a mapping, gets a ``~``
     behind its name; modules outside of ``root`` get a ``/`` before theirs.
@@ -29,18 +42,24 @@ def to_flax(
         ``ShapeDtypeStruct``, boxes) and are not copied.
       state: The same for Haiku's state.
       root: Name of the module whose level is left out.
+      netket: Whether ``root`` (``"mlp"`` if not given) is a :class:`haiku_mlp.MLP` or
+        :class:`haiku_mlp.blocks.MLP`, and gets NetKet's names.  None: True without ``root``
+        for a tree of modules ``mlp/block/linear_0``, ... with ``w`` and ``b`` alone.
 
     Returns:
       ``{"params": ..., "state": ...}``, nested; without ``state`` if there is none.
 
     Raises:
-      ValueError: The tree is not one of Haiku's.
+      ValueError: The tree is not one of Haiku's, has no module ``root``, or may be that of
+        an MLP or not: then give ``netket``.
 
     Example::
 
       >>> import compat
       >>> compat.to_flax({"mlp/block/linear_0": {"w": 1.0}})
       {'params': {'MLP_0': {'Dense_0': {'kernel': 1.0}}}}
+      >>> compat.to_flax({"head/linear_0": {"w": 1.0}}, root="head", netket=True)
+      {'params': {'Dense_0': {'kernel': 1.0}}}
       >>> compat.to_flax({"net/~/linear": {"w": 1.0}})
       {'params': {'net': {'~/linear': {'w': 1.0}}}}
       >>> compat.to_flax({"net/~/linear": {"w": 1.0}}, root="net")
@@ -49,15 +68,23 @@ def to_flax(
     trees = {"params": params, **({"state": state} if state else {})}
     for collection, tree in trees.items():
         _check_haiku(collection, tree)
-    names = Names(root=root)
-    if root is None and _is_mlp(params, state):
-        _check_linear(params, "mlp/block/linear_", "w", "b")
-        names = _NETKET
-    return {collection: unflatten(names, collection, tree) for collection, tree in trees.items()}
+    modules = [module for tree in trees.values() for module in tree]
+    if root is not None and modules and not any(_is_in(root, module) for module in modules):
+        raise ValueError(f"no module {root!r} among {modules}: give one of them, or above, as root")
+    if netket is None:
+        netket = root is None and _is_mlp(trees)
+    names = Names(root=root or "mlp", netket=True) if netket else Names(root=root)
+    variables = {name: unflatten(names, name, tree) for name, tree in trees.items()}
+    for collection, tree in trees.items():
+        back = flatten(names, collection, variables[collection])
+        for module, values in tree.items():
+            if module not in back or back[module].keys() != values.keys():
+                raise ValueError(f"{module!r} in {collection!r} has no name in Flax: rename it")
+    return variables
 
 
 def to_haiku(
-    variables: Mapping[str, Any], *, root: str | None = None
+    variables: Mapping[str, Any], *, root: str | None = None, netket: bool | None = None
 ) -> tuple[HaikuTree, HaikuTree]:
     """Returns the Haiku parameters and state of Flax variables: the inverse of ``to_flax``.
 
@@ -67,77 +94,91 @@ def to_haiku(
     Args:
       variables: ``{"params": ..., "state": ...}``, either may be missing.
       root: Name of the module whose level the tree leaves out (:func:`compat.wrap`).
+      netket: Whether the names are NetKet's (:class:`compat.MLP`,
+        :class:`compat.blocks.MLP`), and ``root`` (``"mlp"`` if not given) the Haiku name of
+        the MLP.  None: True without ``root`` for a tree that has ``MLP_0`` at the top.
 
     Returns:
       ``(params, state)``, both ``{module: {name: value}}``.
 
     Raises:
       ValueError: There is another collection, a value at the top level without
-        ``root``, a name that ``to_flax`` does not give, or an MLP with a layer or a
-        kernel missing.
+        ``root``, or a name that ``to_flax`` does not give; or names that may be NetKet's or
+        not: then give ``netket``.
 
     Example::
 
       >>> import compat
       >>> compat.to_haiku({"params": {"MLP_0": {"Dense_0": {"kernel": 1.0}}}})
       ({'mlp/block/linear_0': {'w': 1.0}}, {})
+      >>> compat.to_haiku({"params": {"Dense_0": {"kernel": 1.0}}}, root="head", netket=True)
+      ({'head/linear_0': {'w': 1.0}}, {})
     """
-    for collection in variables:
-        if collection not in ("params", "state"):
-            raise ValueError(
-                f"unknown collection {collection!r}: Haiku has 'params' and 'state'; "
-                "give variables, {'params': ...}, without other collections"
-            )
-    params, state = variables.get("params", {}), variables.get("state", {})
-    names = Names(root=root)
-    if root is None:
-        for collection, tree in (("params", params), ("state", state)):
-            _check_levels(collection, tree)
-        if "MLP_0" in params:
-            _check_keys("'params'", params, {"MLP_0"}, {"MLP_0"})
-            _check_linear(params["MLP_0"], "Dense_", "kernel", "bias")
-            names = _NETKET
-    for collection, tree in (("params", params), ("state", state)):
+    if not isinstance(variables, Mapping) or not variables.keys() <= {"params", "state"}:
+        given = list(variables) if isinstance(variables, Mapping) else type(variables).__name__
+        raise ValueError(
+            f"variables must be {{'params': ..., 'state': ...}} and no more, got {given}"
+        )
+    trees = {collection: variables.get(collection, {}) for collection in ("params", "state")}
+    if netket is None:
+        netket = _has_netket_names(trees["params"], root)
+    names = Names(root=root or "mlp", netket=True) if netket else Names(root=root)
+    for collection, tree in trees.items():
+        for key, value in tree.items():
+            if names.root is None and not isinstance(value, Mapping):
+                raise ValueError(
+                    f"value {key!r} at the top level of {collection!r}: give the name of its Haiku "
+                    "module as root"
+                )
         key = unknown(names, collection, tree)
         if key is not None:
             raise ValueError(f"unknown key {key!r} in {collection!r}: compat names nothing so")
-    return flatten(names, "params", params), flatten(names, "state", state)
+    params, state = (flatten(names, collection, tree) for collection, tree in trees.items())
+    return params, state
 
 
-def _is_mlp(params: Mapping[str, Any], state: Mapping[str, Any] | None) -> bool:
-    return (
-        bool(params) and not state and all(map(re.compile(r"mlp/block/linear_\d+$").match, params))
+def _is_in(root: str, module: str) -> bool:
+    return module == root or module.startswith(root + "/")
+
+
+def _is_mlp(trees: Mapping[str, Mapping[str, Tree]]) -> bool:
+    """Returns whether a tree is that of ``haiku_mlp.MLP``."""
+    modules = [(module, values) for tree in trees.values() for module, values in tree.items()]
+    layers = [module for module, _ in modules if _LAYER.match(module)]
+    if not layers or not all(_is_in("mlp/block", module) for module, _ in modules):
+        return False
+    if all(_LAYER.match(module) and values.keys() <= {"w", "b"} for module, values in modules):
+        return True
+    raise _not_told(layers[0])
+
+
+def _has_netket_names(params: Tree, root: str | None) -> bool:
+    """Returns whether a tree has NetKet's names."""
+    if root is None and "MLP_0" in params:
+        return True  # a Haiku module of that name would be /MLP_0
+    for name, values in params.items():
+        is_layer = _DENSE.match(name) and isinstance(values, Mapping) and "kernel" in values
+        if is_layer or name == "MLP_0":
+            raise _not_told(name)
+    return False
+
+
+def _not_told(name: str) -> Exception:
+    return ValueError(
+        f"{name!r} may be part of an MLP of haiku_mlp, or not: give netket=True, and the MLP's "
+        "Haiku name as root unless it is 'mlp', or netket=False"
     )
 
 
-def _check_linear(layers: Mapping[str, Any], prefix: str, weight: str, bias: str) -> None:
-    """Raises unless the layers are numbered from 0 and have a weight, perhaps a bias."""
-    expected = {f"{prefix}{i}" for i in range(len(layers))}
-    _check_keys("the MLP", layers, expected, expected)
-    for name, layer in layers.items():
-        _check_keys(name, layer, {weight}, {weight, bias})
-
-
-def _check_keys(where: str, tree: Mapping[str, Any], needed: set[str], known: set[str]) -> None:
-    for key in sorted(set(tree) - known):
-        raise ValueError(f"unknown key {key!r} in {where}: it has {sorted(known)}")
-    for key in sorted(needed - set(tree)):
-        raise ValueError(f"missing key {key!r} in {where}")
-
-
-def _check_haiku(collection: str, tree: Mapping[str, Any]) -> None:
-    for module_name, values in tree.items():
-        if not isinstance(values, Mapping):
-            raise ValueError(
-                f"{collection}[{module_name!r}] must map names to values, got "
-                f"{type(values).__name__}: give what hk.transform's init returned"
-            )
-
-
-def _check_levels(collection: str, tree: Mapping[str, Any]) -> None:
-    for key, value in tree.items():
-        if not isinstance(value, Mapping):
-            raise ValueError(
-                f"value {key!r} at the top level of {collection!r}: give the name of its Haiku "
-                "module as root"
-            )
+def _check_haiku(collection: str, tree: Any) -> None:
+    given = type(tree).__name__
+    if isinstance(tree, Mapping):
+        others = {k: type(v).__name__ for k, v in tree.items() if not isinstance(v, Mapping)}
+        values = tree.get("params", {}).values() if not others else ()
+        if not others and not (values and all(isinstance(value, Mapping) for value in values)):
+            return
+        given = "Flax variables, which to_haiku takes" if values else str(others)
+    raise ValueError(
+        f"{collection} must be {{module: {{name: value}}}}, as hk.transform's init returns it, got "
+        f"{given}: give to_flax(params), or to_flax(params, state)"
+    )

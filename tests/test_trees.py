@@ -9,10 +9,12 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
-from comparison import assert_identical, root_key
+from comparison import assert_identical, outcome, root_key
 from flax import linen as nn
 from flax import serialization, traverse_util
 from flax.core import freeze
+from hypothesis import given
+from hypothesis import strategies as st
 from tables.haiku_modules import MODULES
 from tables.haiku_programs import PROGRAMS
 
@@ -84,6 +86,12 @@ TREES = {
         {"params": {"mlp": {"block": {"linear_0": {"w": 1}}}, "linear": {"w": 2}}},
     ),
     "a level without values": ({"a": {}}, {}, None, {"params": {"a": {}}}),
+    "outside of modules, with a root": (
+        {"~": {"w": 1}, "net/~call/~": {"w": 2}},
+        {},
+        "net",
+        {"params": {"/~": {"w": 1}, "~call/~": {"w": 2}}},
+    ),
 }
 
 
@@ -100,46 +108,114 @@ def test_names(params, state, root, variables):
     assert compat.to_flax(params, state, root=root) == variables
 
 
+parts = st.sampled_from(["~", "a", "b", "net", "~call", "MLP_0", "Dense_0", "linear_0", "mlp"])
+module_names = st.lists(parts, min_size=1, max_size=4).map("/".join)
+value_names = st.sampled_from(
+    ["w", "b", "a", "~", "a~", "w~~", "a/b", "kernel", "net", "/a", "params"]
+)
+values = st.integers(0, 9) | st.dictionaries(st.sampled_from("xa"), st.integers(0, 3), max_size=2)
+levels = st.dictionaries(value_names, values, max_size=3)
+trees = st.dictionaries(module_names, levels, max_size=4)
+
+
+@given(trees, trees, st.sampled_from([None, "net", "a", "a/b", "mlp", "~"]), st.booleans())
+def test_any_tree_there_and_back(params, state, root, netket):
+    variables = outcome(lambda: compat.to_flax(params, state, root=root, netket=netket))
+    if isinstance(variables, ValueError):
+        # Layers linear_0 and Dense_0 have one name in NetKet's words; the root is not there.
+        assert ("no name in Flax" in str(variables) and netket) or "no module" in str(variables)
+    else:
+        assert compat.to_haiku(variables, root=root, netket=netket) == (params, state)
+
+
+# Each way from Haiku to Flax of an MLP and of a block: the model, its name, how it is told.
+
+ONE, TWO = {"hidden_dims": (5,)}, {"output_dim": 2, "hidden_dims": (5,)}
+BLOCK = haiku_mlp.blocks.MLP
+WAYS = {
+    "MLP": (haiku_mlp.MLP, ONE, "mlp", compat.MLP, {}),
+    "MLP, told": (haiku_mlp.MLP, ONE, "mlp", compat.MLP, {"netket": True}),
+    "named MLP": (haiku_mlp.MLP, ONE, "psi", compat.MLP, {"root": "psi", "netket": True}),
+    "MLP in a module": (haiku_mlp.MLP, ONE, "a/b", compat.MLP, {"root": "a/b", "netket": True}),
+    "wrapped MLP": (haiku_mlp.MLP, ONE, "psi", compat.wrap(haiku_mlp.MLP), {"root": "psi"}),
+    "block": (BLOCK, TWO, "mlp", compat.blocks.MLP, {"netket": True}),
+    "named block": (BLOCK, TWO, "head", compat.blocks.MLP, {"root": "head", "netket": True}),
+    "wrapped block": (BLOCK, TWO, "head", compat.wrap(BLOCK), {"root": "head"}),
+    "MLP in a function": (haiku_mlp.MLP, ONE, "mlp", None, {"netket": False}),
+    "named MLP in a function": (haiku_mlp.MLP, ONE, "psi", None, {}),
+    "block in a function": (BLOCK, TWO, "head", None, {}),
+    "MLP with an activation": (
+        haiku_mlp.MLP,
+        ONE | {"hidden_activations": lambda z: z * hk.get_parameter("a", (), init=jnp.ones)},
+        "psi",
+        compat.MLP,
+        {"root": "psi", "netket": True},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("hk_cls", "fields", "name", "flax_cls", "told"), WAYS.values(), ids=WAYS)
+def test_weights_cross(hk_cls, fields, name, flax_cls, told):
+    """Trained in one face, used in the other, and back."""
+
+    def function(x):
+        return hk_cls(**fields, name=hk.experimental.force_name(name))(x)
+
+    net = hk.without_apply_rng(hk.transform(function))
+    model = compat.HaikuFunction(function) if flax_cls is None else flax_cls(**fields)
+    params = net.init(KEY, X)
+    variables = compat.to_flax(params, **told)
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, model.init(KEY, X))
+    assert_identical(model.apply(variables, X), net.apply(params, X))
+    assert_identical(compat.to_haiku(variables, **told), (params, {}))
+
+
+NETKET = {"params": {"Dense_0": {"kernel": 1, "bias": 2}}}
 BAD = {
     "a value for a module": (
         lambda: compat.to_flax({"linear": 1}),
-        r"params\['linear'\] must map names to values, got int",
+        "params must be .* got {'linear': 'int'}",
     ),
-    "a layer": (
-        lambda: compat.to_flax({"mlp/block/linear_1": {"w": 1}}),
-        "'mlp/block/linear_1' in the MLP",
+    "a pair of trees": (
+        lambda: compat.to_flax(({"linear": {"w": 1}}, {})),
+        r"params must be .* got tuple: give to_flax\(params\), or to_flax\(params, state\)",
     ),
-    "a kernel": (
-        lambda: compat.to_flax({"mlp/block/linear_0": {"b": 1}}),
-        "missing key 'w' in mlp/block/linear_0",
+    "Flax variables": (
+        lambda: compat.to_flax(VARIABLES),
+        "params must be .* got Flax variables, which to_haiku takes",
     ),
-    "unknown value": (
+    "state": (lambda: compat.to_flax({}, {"a": {}, "b": 1}), "state must be .* got {'b': 'int'}"),
+    "root": (
+        lambda: compat.to_flax({"net/~/linear": {"w": 1}}, root="nope"),
+        r"no module 'nope' among \['net/~/linear'\]",
+    ),
+    "more in an MLP": (
+        lambda: compat.to_flax({"mlp/block/linear_0": {"w": 1}, "mlp/block/prelu": {"a": 1}}),
+        "'mlp/block/linear_0' may be .* give netket=True",
+    ),
+    "more in a layer": (
         lambda: compat.to_flax({"mlp/block/linear_0": {"w": 1, "scale": 2}}),
-        "unknown key 'scale' in mlp/block/linear_0",
+        "'mlp/block/linear_0' may be .* or netket=False",
+    ),
+    "two of a name": (
+        lambda: compat.to_flax({"a/linear_0": {"w": 1}, "a/Dense_0": {}}, root="a", netket=True),
+        "'a/Dense_0' in 'params' has no name in Flax",
     ),
     "collection": (
         lambda: compat.to_haiku({"params": {}, "cache": {}}),
-        "unknown collection 'cache'",
+        r"{'params': ..., 'state': ...} and no more, got \['params', 'cache'\]",
     ),
     "no collection": (
         lambda: compat.to_haiku({"MLP_0": {"Dense_0": {"kernel": 1}}}),
-        "unknown collection 'MLP_0'",
+        r"and no more, got \['MLP_0'\]",
     ),
-    "Flax layer": (
-        lambda: compat.to_haiku({"params": {"MLP_0": {"Dense_1": {"kernel": 1}}}}),
-        "'Dense_1' in the MLP",
-    ),
-    "Flax kernel": (
-        lambda: compat.to_haiku({"params": {"MLP_0": {"Dense_0": {"bias": 1}}}}),
-        "missing key 'kernel' in Dense_0",
-    ),
-    "unknown Flax value": (
+    "no variables": (lambda: compat.to_haiku(({}, {})), "and no more, got tuple"),
+    "a block": (lambda: compat.to_haiku(NETKET), "'Dense_0' may be .* Haiku name as root"),
+    "a block under a name": (lambda: compat.to_haiku(NETKET, root="a"), "'Dense_0' may be"),
+    "an MLP under a name": (lambda: compat.to_haiku(VARIABLES, root="nope"), "'MLP_0' may be"),
+    "two names of a value": (
         lambda: compat.to_haiku({"params": {"MLP_0": {"Dense_0": {"kernel": 1, "w": 1}}}}),
-        "unknown key 'w' in Dense_0",
-    ),
-    "beside MLP_0": (
-        lambda: compat.to_haiku({"params": {"MLP_0": {}, "Dense_0": {}}}),
-        "unknown key 'Dense_0' in 'params'",
+        "unknown key 'MLP_0/Dense_0/w' in 'params'",
     ),
     "top level": (
         lambda: compat.to_haiku({"params": {"w": 1}}),
@@ -177,15 +253,6 @@ def test_the_mlp():
     assert jax.tree.structure(params) == jax.tree.structure(jax.eval_shape(NET.init, KEY, X))
     assert_identical(NET.apply(params, X), MODEL.apply(VARIABLES, X))
     assert_identical(compat.to_flax(params), VARIABLES)
-
-
-def test_of_the_wrapped_mlp():
-    """Without NetKet's names: those of Haiku."""
-    model = compat.wrap(haiku_mlp.MLP)(**FIELDS)
-    params, _ = compat.to_haiku(VARIABLES)
-    variables = compat.to_flax({"mlp/extra": {}} | params, root="mlp")
-    assert set(variables["params"]["block"]["linear_0"]) == {"w", "b"}
-    assert_identical(model.apply(variables, X), MODEL.apply(VARIABLES, X))
 
 
 LEAVES = {

@@ -108,8 +108,8 @@ def unflatten(names: Names, collection: str, tree: Mapping[str, Tree]) -> dict[s
     submodules = {name: set(level) for name, level in levels.items()}
     for module_name, values in tree.items():
         level = levels[module_name]
-        if not values and level:
-            level[""] = {}  # a module without values, but with submodules
+        if not values and (level or level is nested):
+            level[""] = {}  # a module without values, which nothing else shows
         for name, value in values.items():
             level[names.key(collection, module_name, name, value, submodules[module_name])] = value
     return nested
@@ -165,7 +165,9 @@ def _levels(tree: Tree, path: Path = ()) -> Iterator[tuple[Path, Tree]]:
 
 
 def _is_value(key: str, value: Any) -> bool:
-    return not isinstance(value, Mapping) or (len(key) > 1 and key.endswith("~"))
+    # At the end of a level's name a ~ is a part of its own, as in ~call/~.
+    is_escaped = key.endswith("~") and key.rpartition("/")[2] != "~"
+    return not isinstance(value, Mapping) or is_escaped
 
 
 def _value_paths(tree: Tree) -> Iterator[str]:
