@@ -6,6 +6,7 @@ import pickle
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import jmp
 import netket as nk
 import numpy as np
 import optax
@@ -249,7 +250,10 @@ FAST = ("MultiHeadAttention", "SpectralNorm", "nets.VectorQuantizerEMA", "GRU, d
     "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in MODULES]
 )
 def test_programs_of_all_modules_are_haikus(name, check_leaks):
-    function, x = MODULES[name].function, MODULES[name].input()
+    assert_program_is_haikus(MODULES[name].function, MODULES[name].input())
+
+
+def assert_program_is_haikus(function, x):
     model = nnx.eval_shape(
         lambda: compat_nnx.HaikuFunction(function, example=(x,), rngs=nnx.Rngs(0))
     )
@@ -261,9 +265,87 @@ def test_programs_of_all_modules_are_haikus(name, check_leaks):
         return model(x), plain(model)[1]
 
     def theirs(values, x):
-        return net.apply(*plain(nnx.merge(graph, values)), None, x)
+        model = nnx.merge(graph, values)
+        key = model.rngs() if hasattr(model, "rngs") else None
+        return net.apply(*plain(model), key, x)
 
     assert lowered_text(ours, values, x) == lowered_text(theirs, values, x)
+
+
+def scanned(x):
+    linear, norm = hk.Linear(3), hk.BatchNorm(True, True, 0.9)
+
+    def step(x, _):
+        return norm(linear(x), is_training=True), None
+
+    return hk.scan(step, x, None, 2)[0]
+
+
+def mapped(x):
+    linear = hk.Linear(3)
+
+    def noisy(x):
+        return hk.dropout(hk.next_rng_key(), 0.5, linear(x))
+
+    return hk.vmap(noisy, split_rng=not hk.running_init())(x)
+
+
+def stacked(x):
+    return hk.experimental.layer_stack(2)(lambda x: hk.remat(hk.Linear(3))(x))(x)
+
+
+def lifted(x):
+    inner = hk.transform_with_state(lambda x: hk.BatchNorm(True, True, 0.9)(x, True))
+    init, updater = hk.lift_with_state(inner.init, name="lifted")
+    output, state = inner.apply(*init(None, x), None, x)
+    updater.update(state)
+    return output
+
+
+def differentiated(x):
+    linear, norm = hk.Linear(3), hk.BatchNorm(True, True, 0.9)
+    return hk.grad(lambda x: norm(linear(x), is_training=True).sum())(x) + linear(x)
+
+
+def named(x):
+    with hk.name_scope("outer"):
+        x = hk.Linear(3)(x) * hk.get_parameter("scale", (), init=jnp.ones)
+    linear = hk.Linear(3, name=hk.force_name("top"))
+    return linear(linear(x))
+
+
+class Transparent(hk.Module):
+    def __call__(self, x):
+        return self.inner(hk.Linear(3)(x))
+
+    @hk.transparent
+    def inner(self, x):
+        return hk.Linear(3)(x)
+
+
+class Half(hk.Linear):
+    """A layer with a policy of mixed precision."""
+
+
+def mixed(x):
+    policy = jmp.get_policy("params=float32,compute=bfloat16,output=float32")
+    hk.mixed_precision.set_policy(Half, policy)
+    try:
+        return Half(2)(Half(4)(x.astype(np.float32)))
+    finally:
+        hk.mixed_precision.clear_policy(Half)
+
+
+def transparent(x):
+    return Transparent()(x)
+
+
+ODD = (scanned, mapped, stacked, lifted, differentiated, named, transparent, mixed)
+
+
+@pytest.mark.parametrize("function", ODD)
+def test_programs_of_odd_code_are_haikus(function, check_leaks):
+    assert_program_is_haikus(function, X)
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)

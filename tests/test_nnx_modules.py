@@ -176,20 +176,18 @@ def test_a_method_whose_name_flax_has():
 
 class Native(nnx.Module):
     def __init__(self, rngs):
-        self.layers = nnx.List([nnx.Linear(3, 3, rngs=rngs), make_net()])
+        self.layers = nnx.Sequential(nnx.Linear(3, 3, rngs=rngs), make_net())
         self.head = compat_nnx.MLP(2, hidden_dims=(4,), rngs=rngs)
         self.dropout = nnx.Dropout(0.5, rngs=rngs)
 
     def __call__(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(self.dropout(x))
+        return self.head(self.dropout(self.layers(x)))
 
 
 def test_in_a_native_module():
     model = Native(nnx.Rngs(0))
     rows = [row[0] for row in table_of(model, X)]
-    assert set(rows) > {"", "layers/0", "layers/1/head", "head/block/linear_0", "dropout"}
+    assert set(rows) > {"", "layers/layers/0", "layers/layers/1/head", "head/block/linear_0"}
     optimizer = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
 
     @nnx.jit
