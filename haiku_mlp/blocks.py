@@ -127,19 +127,29 @@ class MLP(hk.Module):
         return structure.connected(_as_structure(self, x), x, sites, values)
 
     @hk.name_like("__call__")
-    def laplacian(self, x: jax.Array) -> structure.Derivatives:
+    def laplacian(
+        self,
+        x: jax.Array,
+        *,
+        features: structure.Features | None = None,
+        weights: jax.Array | None = None,
+    ) -> structure.Derivatives:
         """Returns value, gradient and Laplacian by the inputs, in one forward pass.
 
         See :func:`haiku_mlp.structure.laplacian`.
 
         Args:
           x: Inputs ``(..., N)``, real.
+          features: Function from ``(N,)`` to what the network takes; None: none.
+          weights: ``(N,)``, of the second derivatives in the Laplacian; None: all 1.
 
         Returns:
           ``value (..., output_dim)``, ``gradient (..., output_dim, N)`` and
           ``laplacian (..., output_dim)``.
         """
-        return structure.laplacian(_as_structure(self, x, differentiable=True), x)
+        inputs = x if features is None else jnp.vectorize(features, signature="(n)->(f)")(x)
+        layers = _as_structure(self, inputs, differentiable=True)
+        return structure.laplacian(layers, x, features=features, weights=weights)
 
 
 def _layers(block: MLP, input_size: int) -> list[tuple[Linear, Activation | None]]:

@@ -167,7 +167,13 @@ class MLP(hk.Module):
         return _block(self).connected(x, sites, values).squeeze(-1)
 
     @hk.name_like("__call__")
-    def laplacian(self, x: jax.Array) -> structure.Derivatives:
+    def laplacian(
+        self,
+        x: jax.Array,
+        *,
+        features: structure.Features | None = None,
+        weights: jax.Array | None = None,
+    ) -> structure.Derivatives:
         """Returns value, gradient and Laplacian by the inputs, in one forward pass.
 
         The activations must act on each number by itself and be smooth:
@@ -175,6 +181,9 @@ class MLP(hk.Module):
 
         Args:
           x: Inputs ``(..., N)``, real.
+          features: Function from ``(N,)`` to what the network takes, of which the derivatives
+            are by ``x`` all the same: ``self(features(x))``.  None: none.
+          weights: ``(N,)``, of the second derivatives in the Laplacian; None: all 1.
 
         Returns:
           ``value (...)``, ``gradient (..., N)`` and ``laplacian (...)``.
@@ -189,7 +198,7 @@ class MLP(hk.Module):
           >>> value.shape, gradient.shape, laplacian.shape
           ((5,), (5, 3), (5,))
         """
-        value, gradient, laplacian = _block(self).laplacian(x)
+        value, gradient, laplacian = _block(self).laplacian(x, features=features, weights=weights)
         return structure.Derivatives(value.squeeze(-1), gradient.squeeze(-2), laplacian.squeeze(-1))
 
 

@@ -12,11 +12,13 @@ import netket as nk
 class KineticEnergy(nk.operator.KineticEnergy):
     r"""``netket.operator.KineticEnergy``; of a model that knows its Laplacian, in one pass.
 
-    The local value is :math:`-\frac{1}{2m} (\Delta \log\psi + (\nabla \log\psi)^2)`.  NetKet
+    The local value is
+    :math:`-\sum_d \frac{1}{2m_d} (\partial_d^2 \log\psi + (\partial_d \log\psi)^2)`.  NetKet
     takes it from the full matrix of second derivatives.  A model with a method
     ``laplacian(x)``, which returns value, gradient ``(B, N)`` and Laplacian ``(B,)`` as
-    :meth:`compat.MLP.laplacian` does, gives it by one forward pass.  NetKet's own path runs,
-    with the same result, for other models and for unequal masses.
+    :meth:`compat.MLP.laplacian` does, gives it by one forward pass.  For masses that differ
+    the method is called as ``laplacian(x, weights=inverse_masses)``.  NetKet's own path runs,
+    with the same result, for models without the method or, there, without ``weights``.
 
     Args:
       hilbert: The Hilbert space, a continuous one.
@@ -26,21 +28,38 @@ class KineticEnergy(nk.operator.KineticEnergy):
     Source: `KineticEnergy of NetKet
     <https://netket.readthedocs.io/en/latest/api/_generated/operator/netket.operator.KineticEnergy.html>`_.
 
-    Example::
+    Example, an envelope times a network of periodic features::
 
-      >>> import jax.numpy as jnp, netket as nk, netket.experimental as nkx
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> import netket as nk, netket.experimental as nkx
+      >>> import compat
       >>> from compat.netket import KineticEnergy
+      >>> from haiku_mlp.structure import derivatives
+      >>> def envelope(x):
+      ...     return -jnp.sum(x**2, -1) / 4
+      >>> def waves(x):
+      ...     return jnp.concatenate([jnp.sin(x), jnp.cos(x)], -1)
+      >>> class LogPsi(nn.Module):
+      ...     def setup(self):
+      ...         self.mlp = compat.MLP(hidden_dims=(8,))
+      ...     def __call__(self, x):
+      ...         return envelope(x) + self.mlp(waves(x))
+      ...     def laplacian(self, x, weights=None):
+      ...         of_mlp = self.mlp.laplacian(x, features=waves, weights=weights)
+      ...         return jax.tree.map(jnp.add, of_mlp, derivatives(envelope, x, weights=weights))
       >>> hilbert = nkx.hilbert.Particle(N=2, geometry=nkx.geometry.FreeSpace(d=1))
       >>> trap = nk.operator.PotentialEnergy(hilbert, lambda x: 0.5 * jnp.sum(x**2))
-      >>> hamiltonian = KineticEnergy(hilbert, mass=1.0) + trap
-      >>> hamiltonian.is_hermitian
-      True
+      >>> hamiltonian = KineticEnergy(hilbert, mass=[1.0, 2.0]) + trap
+      >>> x = jnp.ones((5, 2))
+      >>> variables = LogPsi().init(jax.random.key(0), x)
+      >>> LogPsi().apply(variables, x, method="laplacian").gradient.shape
+      (5, 2)
     """
 
     # NetKet asks operators of continuous spaces for their local values here; a dispatch by
     # type of state would not reach an operator that stands in a sum with a potential.
     def _expect_kernel(self, logpsi: Callable, params: Any, x: jax.Array) -> jax.Array:
-        if self.mass.ndim == 0 and _takes_method(logpsi, params, x):
+        if _takes(logpsi, params, x, method=None):
             try:
                 return logpsi(params, x, method=self._local_values)
             except _NoLaplacianError:
@@ -48,20 +67,24 @@ class KineticEnergy(nk.operator.KineticEnergy):
         return super()._expect_kernel(logpsi, params, x)
 
     def _local_values(self, model: Any, x: jax.Array) -> jax.Array:
-        if not hasattr(model, "laplacian"):
+        weights = 1 / self.mass
+        options = {"weights": jnp.broadcast_to(weights, x.shape[-1:])} if self.mass.ndim else {}
+        laplacian = getattr(model, "laplacian", None)
+        if laplacian is None or not _takes(laplacian, x, **options):
             raise _NoLaplacianError
-        _, gradient, laplacian = model.laplacian(x)
-        return -0.5 / self.mass * (laplacian + jnp.sum(gradient**2, -1))
+        _, gradient, second = laplacian(x, **options)
+        first = jnp.sum(jnp.atleast_2d(weights) * gradient**2, -1)
+        return -0.5 * (first + (second if options else weights * second))
 
 
 class _NoLaplacianError(Exception):
-    """The model has no method ``laplacian``."""
+    """The model has no method ``laplacian`` that takes what is to be given."""
 
 
-def _takes_method(logpsi: Callable, params: Any, x: jax.Array) -> bool:
-    """Returns whether a method can be asked for: NetKet passes some functions without it."""
+def _takes(function: Callable, *args: Any, **kwargs: Any) -> bool:
+    """Returns whether a function, which NetKet may have wrapped, takes these arguments."""
     try:
-        inspect.signature(logpsi).bind(params, x, method=None)
+        inspect.signature(function).bind(*args, **kwargs)
     except TypeError:
         return False
     return True

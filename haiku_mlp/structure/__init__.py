@@ -2,15 +2,19 @@
 
 from haiku_mlp.structure.configurations import at_configurations
 from haiku_mlp.structure.connected import connected
-from haiku_mlp.structure.laplacian import Derivatives, laplacian
+from haiku_mlp.structure.derivatives import Derivatives, derivatives
+from haiku_mlp.structure.first_layer import Features
+from haiku_mlp.structure.laplacian import laplacian
 from haiku_mlp.structure.layers import Layer, forward
 from haiku_mlp.structure.tangent_kernel import tangent_kernel
 
 __all__ = [
     "Derivatives",
+    "Features",
     "Layer",
     "at_configurations",
     "connected",
+    "derivatives",
     "forward",
     "laplacian",
     "tangent_kernel",

@@ -6,26 +6,23 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from haiku_mlp.arguments import Activation
+from haiku_mlp.linear import common_dtype
+from haiku_mlp.structure.dependence import NONE, owners
+from haiku_mlp.structure.derivatives import Derivatives
+from haiku_mlp.structure.first_layer import Features, Inputs, first_layer
 from haiku_mlp.structure.layers import Layer, map_samples
 
 
-class Derivatives(NamedTuple):
-    """A function and its derivatives by its inputs.
-
-    Attributes:
-      value: ``(...)``, for a block with ``O`` outputs ``(..., O)``.
-      gradient: ``(..., N)``, for a block ``(..., O, N)``.
-      laplacian: ``(...)``, for a block ``(..., O)``.
-    """
-
-    value: jax.Array
-    gradient: jax.Array
-    laplacian: jax.Array
-
-
-def laplacian(layers: tuple[Layer, ...], x: jax.Array) -> Derivatives:
+def laplacian(
+    layers: tuple[Layer, ...],
+    x: jax.Array,
+    *,
+    features: Features | None = None,
+    weights: jax.Array | None = None,
+) -> Derivatives:
     r"""Value, gradient and Laplacian of the outputs, in one forward pass.
 
     Each layer passes on, beside its value, the Jacobian :math:`J_d = \partial_d z` and the
@@ -37,7 +34,9 @@ def laplacian(layers: tuple[Layer, ...], x: jax.Array) -> Derivatives:
 
     (forward Laplacian: Li et al. 2024, arXiv:2307.08214).  The Jacobian of the first layer
     is ``w`` for all inputs, and the derivatives of ``phi`` are those of one number, so the
-    cost is that of ``N`` forward passes without the first layer.
+    cost is that of ``N`` forward passes without the first layer.  Where ``N`` exceeds the
+    first width ``H``, it is that of ``H`` passes: only the sum over ``d`` is needed, and
+    :math:`\sum_d J_d J_d = P^T (w^T w) P` with :math:`P` the derivatives by the first layer.
 
     The activations may be complex and need not be holomorphic: the inputs are real, and
     ``phi`` is taken as a function of the real and the imaginary part of ``z``.
@@ -46,14 +45,19 @@ def laplacian(layers: tuple[Layer, ...], x: jax.Array) -> Derivatives:
       layers: The layers.  Their activations act on each entry by itself, and have second
         derivatives (relu has none at its kinks, which are missing from the result).
       x: Inputs ``(..., N)``, real.
+      features: What the first layer takes in place of the input: a function of one input,
+        from ``(N,)`` to ``(F,)``.  None: the input itself.
+      weights: ``(N,)``, of the second derivatives in the Laplacian, such as inverse masses.
+        None: all 1.
 
     Returns:
       :class:`Derivatives`: ``value (..., O)``, ``gradient (..., O, N)`` and
-      ``laplacian (..., O)``.
+      ``laplacian (..., O)``, all by ``x``.
 
     Raises:
       TypeError: ``x`` is complex.
-      ValueError: An activation does not act on each number by itself (softmax).
+      ValueError: An activation mixes entries (softmax, a division by a norm), or loops so
+        that it cannot be told.
 
     Example::
 
@@ -67,55 +71,71 @@ def laplacian(layers: tuple[Layer, ...], x: jax.Array) -> Derivatives:
     x = jnp.asarray(x)
     if jnp.iscomplexobj(x):
         raise TypeError(f"x must be real, got {x.dtype}")
+    x = x.astype(common_dtype(x.dtype, layers[0].w.real.dtype))
     widths = [layer.w.shape[-1] for layer in layers]
-    return map_samples(_laplacian, layers, (x,), x.ndim - 1, entries=x.shape[-1] * max(widths))
+    return map_samples(
+        functools.partial(_laplacian, features),
+        (layers, weights),
+        (x,),
+        x.ndim - 1,
+        entries=x.shape[-1] * max(widths),
+    )
 
 
 class _Carry(NamedTuple):
-    """The derivatives of a layer's units; the Jacobian ``(N, n)`` is a sum of scaled terms."""
+    """The derivatives of a layer's units; the Jacobian ``(n, units)`` is a sum of scaled terms."""
 
     value: jax.Array
-    jacobian: list[tuple[jax.Array | None, jax.Array]]
+    jacobian: list[tuple[jax.Array | None, Any]]
     laplacian: jax.Array
 
 
-def _laplacian(layers: tuple[Layer, ...], x: jax.Array) -> Derivatives:
+def _laplacian(
+    features: Features | None, network: tuple[tuple[Layer, ...], jax.Array | None], x: jax.Array
+) -> Derivatives:
     """Returns the derivatives for one input ``(N,)``."""
+    layers, weights = network
     first, *rest = layers
-    z = first.affine(x)
-    at = _activate(first, z, jnp.asarray(first.w, z.dtype), jnp.zeros_like(z))
+    start = first_layer(layers, x, features, weights)
+    at = _activate(first, *start.at(x), start)
     for layer in rest:
         apply = functools.partial(jnp.matmul, precision=layer.precision)
-        jacobian = _sum([apply(*_scaled(*term, layer.w)) for term in at.jacobian])
-        at = _activate(layer, layer.affine(at.value), jacobian, apply(at.laplacian, layer.w))
-    gradient = _sum([j if f is None else f[None] * j for f, j in at.jacobian])
-    return Derivatives(at.value, gradient.T, at.laplacian)
+        jacobian = _sum([_times(factor, j, layer) for factor, j in at.jacobian])
+        z = layer.affine(at.value)
+        at = _activate(layer, z, jacobian, apply(at.laplacian, layer.w), start)
+    gradient = _sum([j if factor is None else factor[None] * j for factor, j in at.jacobian])
+    return Derivatives(at.value, start.by_inputs(gradient).T, at.laplacian)
 
 
-def _scaled(
-    factor: jax.Array | None, jacobian: jax.Array, w: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Returns ``jacobian`` and ``w``, the smaller of them scaled by the factor between them."""
-    if factor is None:
-        return jacobian, w
-    if w.shape[1] < jacobian.shape[0]:
-        return jacobian, factor[:, None] * w
-    return factor[None] * jacobian, w
+def _times(factor: jax.Array | None, jacobian: jax.Array | None, layer: Layer) -> jax.Array:
+    """Returns ``jacobian @ w`` with the factor between them, which scales the smaller one."""
+    w = layer.w
+    if jacobian is None:
+        return w if factor is None else factor[:, None] * w
+    if factor is not None:
+        if w.shape[1] < jacobian.shape[0]:
+            w = factor[:, None] * w
+        else:
+            jacobian = factor[None] * jacobian
+    return jnp.matmul(jacobian, w, precision=layer.precision)
 
 
-def _activate(layer: Layer, z: jax.Array, jacobian: jax.Array, laplacian: jax.Array) -> _Carry:
+def _activate(
+    layer: Layer, z: jax.Array, jacobian: jax.Array | None, laplacian: jax.Array, start: Inputs
+) -> _Carry:
     """Returns the derivatives of ``phi(z)`` from those of ``z``."""
     phi = layer.activation
     if not callable(phi):
         return _Carry(z, [(None, jacobian)], laplacian)
-    jacobians, laplacians = _parts(jacobian), _parts(laplacian)
-    _check_elementwise(phi, z.dtype)
+    jacobians = [None] if jacobian is None else _parts(jacobian)
+    laplacians = _parts(laplacian)
+    _check_elementwise(phi, z)
     directions = [jnp.full_like(z, unit) for unit in ((1, 1j) if jnp.iscomplexobj(z) else (1,))]
     slopes = [functools.partial(_along, phi, direction) for direction in directions]
     first = [slope(z) for slope in slopes]
     second = [[_along(slope, direction, z) for direction in directions] for slope in slopes]
     curvatures = [
-        f * jnp.sum(a * b, axis=0)
+        f * start.inner(a, b)
         for row, a in zip(second, jacobians, strict=True)
         for f, b in zip(row, jacobians, strict=True)
     ]
@@ -139,15 +159,13 @@ def _parts(a: jax.Array) -> list[jax.Array]:
     return [a.real, a.imag] if jnp.iscomplexobj(a) else [a]
 
 
-def _check_elementwise(activation: Activation, dtype: Any) -> None:
-    number = jax.ShapeDtypeStruct((), dtype)
-    try:
-        is_elementwise = jax.eval_shape(activation, number).shape == ()
-        cause = None
-    except Exception as error:  # whatever it raises, it does not take a number
-        is_elementwise, cause = False, error
-    if not is_elementwise:
-        raise ValueError(
-            f"laplacian needs activations that act on each number by itself, got {activation!r}, "
-            "which cannot be applied to one number"
-        ) from cause
+def _check_elementwise(phi: Activation, z: jax.Array) -> None:
+    own = np.arange(z.size).reshape(z.shape)
+    one = jnp.ones_like(z)
+    for function in (phi, functools.partial(_along, phi, one)):
+        found = owners(function, z)
+        if found.shape != own.shape or ((found != own) & (found != NONE)).any():
+            raise ValueError(
+                "laplacian needs activations that act on each number by itself, got one that "
+                f"mixes entries, or in a loop: {phi!r}"
+            )

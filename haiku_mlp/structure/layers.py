@@ -48,7 +48,7 @@ def forward(layers: tuple[Layer, ...], x: jax.Array) -> jax.Array:
 
 def map_samples(
     function: Callable[..., Any],
-    layers: tuple[Layer, ...],
+    layers: Any,
     samples: tuple[jax.Array, ...],
     num_axes: int,
     entries: int,
@@ -60,7 +60,7 @@ def map_samples(
 
     Args:
       function: Function of the layers and one sample.
-      layers: The layers.
+      layers: The layers, or a tree of them and what else all samples share.
       samples: Arrays of samples, each ``(*batch, ...)``.
       num_axes: Number of axes of ``batch``.
       entries: Entries of the largest array that the function computes on the way.
@@ -84,7 +84,7 @@ def map_samples(
 
 def _map_shards(
     function: Callable[..., Any],
-    layers: tuple[Layer, ...],
+    layers: Any,
     num_axes: int,
     entries: int,
     *samples: jax.Array,

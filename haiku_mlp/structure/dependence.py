@@ -1,0 +1,113 @@
+"""On which entry of its argument each entry of a function's value depends."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+# What a derivative is made of: operations linear in the tangent that act entry by entry ...
+# fmt: off
+_ENTRY_BY_ENTRY = {
+    "add", "add_any", "complex", "conj", "convert_element_type", "copy", "copy_p", "div", "imag",
+    "mul", "neg", "real", "reduce_precision", "select_n", "sub",
+}
+# ... or move entries.
+_MOVES = {
+    "broadcast_in_dim", "concatenate", "reshape", "rev", "slice", "squeeze", "stack", "transpose",
+}
+# fmt: on
+
+NONE, SEVERAL = -1, -2
+
+# The owners of an array's entries; None for an array of NONE.
+Owners = np.ndarray | None
+
+
+def owners(function: Callable[[jax.Array], jax.Array], x: Any) -> np.ndarray:
+    """Returns for each entry of ``function(x)`` the entry of ``x`` by which it has a derivative.
+
+    Read off the program of the derivative, and so for all values of ``x`` at once.
+
+    Args:
+      function: A function of an array.
+      x: The array, or its shape and dtype.
+
+    Returns:
+      Integers like ``function(x)``: a flat index into ``x``, ``NONE`` without derivatives,
+      ``SEVERAL`` where they are by more than one or by what cannot be told (sums, products
+      of matrices, loops).
+
+    Example::
+
+      >>> import jax.numpy as jnp
+      >>> from haiku_mlp.structure.dependence import owners
+      >>> owners(lambda x: jnp.append(jnp.sin(x), x.sum()), jnp.ones(3)).tolist()
+      [0, 1, 2, -2]
+    """
+    shape = jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+
+    def derivative(x: jax.Array, tangent: jax.Array) -> jax.Array:
+        return jax.jvp(function, (x,), (tangent,))[1]
+
+    program = jax.make_jaxpr(derivative)(shape, shape)
+    entries = np.arange(math.prod(shape.shape)).reshape(shape.shape)
+    (found,) = _follow(program.jaxpr, [None, entries])
+    return _filled(found, program.out_avals[0].shape)
+
+
+def _follow(program: core.Jaxpr, arguments: Sequence[Owners]) -> list[Owners]:
+    known = dict(zip(program.invars, arguments, strict=True))
+
+    def read(variable: Any) -> Owners:
+        return None if isinstance(variable, core.Literal) else known.get(variable)
+
+    for equation in program.eqns:
+        operands = [read(variable) for variable in equation.invars]
+        if any(operand is not None for operand in operands):
+            results = _results(equation, operands)
+            known.update(zip(equation.outvars, results, strict=True))
+    return [read(variable) for variable in program.outvars]
+
+
+def _results(equation: Any, operands: list[Owners]) -> list[Owners]:
+    name, parameters = equation.primitive.name, equation.params
+    shapes = [variable.aval.shape for variable in equation.outvars]
+    if name in _ENTRY_BY_ENTRY:
+        return [_join(operands, shapes[0])]
+    if name in _MOVES:
+        shapes_in = [variable.aval.shape for variable in equation.invars]
+        with jax.ensure_compile_time_eval():
+            arrays = map(jnp.asarray, map(_filled, operands, shapes_in))
+            return [np.asarray(equation.primitive.bind(*arrays, **parameters))]
+    programs = [program for value in parameters.values() for program in _programs(value)]
+    if name == "cond" and operands[0] is None:
+        results = zip(*(_follow(program, operands[1:]) for program in programs), strict=True)
+        return [_join(each, shape) for each, shape in zip(results, shapes, strict=True)]
+    if len(programs) == 1 and name not in ("scan", "while"):
+        return _follow(programs[0], operands)
+    return [np.full(shape, SEVERAL) for shape in shapes]
+
+
+def _programs(value: Any) -> list[core.Jaxpr]:
+    if isinstance(value, tuple):
+        return [program for entry in value for program in _programs(entry)]
+    value = value.jaxpr if isinstance(value, core.ClosedJaxpr) else value
+    return [value] if isinstance(value, core.Jaxpr) else []
+
+
+def _filled(found: Owners, shape: tuple[int, ...]) -> np.ndarray:
+    return np.full(shape, NONE) if found is None else found
+
+
+def _join(operands: Sequence[Owners], shape: tuple[int, ...]) -> Owners:
+    """Returns the owners of entries that are made of one entry of each operand."""
+    joined = np.full(shape, NONE)
+    for operand in operands:
+        if operand is not None:
+            agreed = np.where((joined == NONE) | (joined == operand), operand, SEVERAL)
+            joined = np.where(operand == NONE, joined, agreed)
+    return joined
