@@ -20,12 +20,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import netket as nk
 import numpy as np
 import optax
+from flax import linen as nn
+from flax import serialization
 from netket.utils import HashableArray
 
 import compat
@@ -38,7 +39,8 @@ TRUST = 0.1  # how far a step may turn the state
 class Recipe:
     """How a state is made and trained; a pair is the value of the first and the last stage."""
 
-    features: int = 8  # hidden units a translation: the first layer of the MLP
+    group: str = "translation"  # or "space", with the point group
+    features: int = 8  # hidden units an element of the group: the first layer of the MLP
     hidden: tuple[int, ...] = ()  # its other hidden layers
     outputs: int = 1  # 2: modulus and phase
     chains: int = 512
@@ -141,7 +143,7 @@ class SymmetricMLP(nn.Module):
 def state_of(graph: Any, hamiltonian: Any, recipe: Recipe, seed: int) -> nk.vqs.MCState:
     """Returns the untrained state."""
     hilbert = hamiltonian.hilbert
-    images = HashableArray(np.asarray(graph.translation_group()))
+    images = HashableArray(np.asarray(getattr(graph, f"{recipe.group}_group")()))
     model = SymmetricMLP(images, recipe.features, recipe.hidden, recipe.outputs)
     rule = (
         nk.sampler.rules.ExchangeRule(graph=graph)
@@ -160,9 +162,10 @@ def state_of(graph: Any, hamiltonian: Any, recipe: Recipe, seed: int) -> nk.vqs.
 
 def train(
     state: nk.vqs.MCState, hamiltonian: Any, recipe: Recipe, progress: Callable[[], float]
-) -> list[tuple[int, float, float]]:
-    """Trains until ``progress()`` is 1 and returns the curve: steps, energy, variance."""
-    curve: list[tuple[int, float, float]] = []
+) -> list[tuple[float, int, float, float]]:
+    """Trains until ``progress()`` is 1 and returns the curve: seconds, steps, energy, variance."""
+    begin = time.perf_counter()
+    curve: list[tuple[float, int, float, float]] = []
     good, brake = state.parameters, 0
     variance = float(np.var(state.local_estimators(hamiltonian).data))
     stages = (np.geomspace(*pair, recipe.stages) for pair in (recipe.rate, recipe.shift))
@@ -183,7 +186,8 @@ def train(
                 state.parameters, brake = good, brake + 1
                 continue
             good, variance = before, found
-            curve.append((BLOCK + (curve[-1][0] if curve else 0), mean, variance))
+            steps = BLOCK + (curve[-1][1] if curve else 0)
+            curve.append((time.perf_counter() - begin, steps, mean, variance))
     return curve
 
 
@@ -227,8 +231,10 @@ def estimate(
     return float(values.mean()), float(error), float(values.var()), values.size
 
 
-def run(name: str, recipe: Recipe, minutes: float, seed: int) -> dict[str, Any]:
-    """Trains on one system and returns what there is to say about it."""
+def run(
+    name: str, recipe: Recipe, minutes: float, seed: int
+) -> tuple[dict[str, Any], nk.vqs.MCState]:
+    """Trains on one system; returns what there is to say about it, and the state."""
     begin = time.perf_counter()
     graph, hamiltonian = SYSTEMS[name].make()
     state = state_of(graph, hamiltonian, recipe, seed)
@@ -241,13 +247,13 @@ def run(name: str, recipe: Recipe, minutes: float, seed: int) -> dict[str, Any]:
     left = 60 * minutes - (time.perf_counter() - begin)
     energy, error, variance, samples = estimate(state, hamiltonian, left)
     device = jax.devices()[0]
-    return {
+    result = {
         "system": SYSTEMS[name].name,
         "energy": energy,
         "error": error,
         "variance": variance,
         "samples": samples,
-        "steps": curve[-1][0],
+        "steps": curve[-1][1] if curve else 0,
         "parameters": state.n_parameters,
         "minutes": (time.perf_counter() - begin) / 60,
         "seed": seed,
@@ -256,6 +262,7 @@ def run(name: str, recipe: Recipe, minutes: float, seed: int) -> dict[str, Any]:
         "versions": {key: importlib.metadata.version(key) for key in ("jax", "flax", "netket")},
         "curve": curve,
     }
+    return result, state
 
 
 def main() -> None:
@@ -264,7 +271,7 @@ def main() -> None:
     parser.add_argument("--system", choices=SYSTEMS)
     parser.add_argument("--minutes", type=float, default=15.0)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--output", type=pathlib.Path, help="JSON; default: print it")
+    parser.add_argument("--output", type=pathlib.Path, help="NAME.json; beside it the weights")
     for field in dataclasses.fields(Recipe):
         many = isinstance(field.default, tuple)
         kind = int if field.name == "hidden" else type(field.default[0] if many else field.default)
@@ -276,10 +283,11 @@ def main() -> None:
         if (value := arguments[field.name]) is not None
     }
     recipe = dataclasses.replace(SYSTEMS[arguments["system"]].recipe, **given)
-    result = run(arguments["system"], recipe, arguments["minutes"], arguments["seed"])
+    result, state = run(arguments["system"], recipe, arguments["minutes"], arguments["seed"])
     text = json.dumps(result)
-    if arguments["output"]:
-        arguments["output"].write_text(text + "\n")
+    if output := arguments["output"]:
+        output.write_text(text + "\n")
+        output.with_suffix(".msgpack").write_bytes(serialization.to_bytes(state.variables))
     else:
         print(text)
 
