@@ -66,7 +66,8 @@ def _described(result: dict[str, Any]) -> str:
     recipe = result["recipe"]
     hidden = " x ".join(str(width) for width in (recipe["features"], *recipe["hidden"]))
     return (
-        f"{hidden} hidden units an element of the {recipe['group']} group, {result['parameters']} parameters, "
+        f"{hidden} hidden units an element of the {recipe['group']} group, "
+        f"{result['parameters']} parameters, "
         f"{result['steps']} steps, {result['samples']} samples of the energy, seed "
         f"{result['seed']}, {result['minutes']:.1f} minutes on {result['device']}"
     )
