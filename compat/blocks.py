@@ -11,9 +11,10 @@ from flax import linen as nn
 from flax.core import Scope
 
 import haiku_mlp
-from haiku_mlp.arguments import Arguments, size
+from haiku_mlp.arguments import Arguments, check_batches, size
 from haiku_mlp.initializers import default_bias_init, default_kernel_init
 
+from .kernels import tangent_kernel
 from .mirror.names import Names
 from .mirror.rows import Mirrored
 
@@ -29,6 +30,18 @@ class Perceptron(Mirrored):
         for name, value in vars(Arguments(**self._fields())).items():
             object.__setattr__(self, name, value)
         super().__post_init__()
+
+    def tangent_kernel(
+        self, x: jax.Array, y: jax.Array | None = None, *, chunk_size: int | None = None
+    ) -> jax.Array:
+        """Returns the tangent kernel, of the parameters that Flax activations own too.
+
+        See :meth:`haiku_mlp.MLP.tangent_kernel` and :meth:`haiku_mlp.blocks.MLP.tangent_kernel`.
+        """
+        check_batches(x, y)
+        self(x)  # makes them under init
+        apply: Any = self.clone(parent=None).apply
+        return tangent_kernel(apply, self.variables, x, y, chunk_size=chunk_size)
 
     @nn.nowrap
     def _fields(self) -> dict[str, Any]:
@@ -122,6 +135,8 @@ class MLP(Perceptron, haiku=haiku_mlp.blocks.MLP):
     def __post_init__(self) -> None:
         object.__setattr__(self, "output_dim", size(self.output_dim, "output_dim"))
         super().__post_init__()
+
+    tangent_kernel = Perceptron.tangent_kernel
 
     @nn.nowrap
     def _haiku(self) -> haiku_mlp.blocks.MLP:

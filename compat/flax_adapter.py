@@ -70,6 +70,8 @@ class MLP(Perceptron, haiku=haiku_mlp.MLP):
     kernel_init: Callable = default_kernel_init
     bias_init: Callable = default_bias_init
 
+    tangent_kernel = Perceptron.tangent_kernel
+
     @nn.nowrap
     def _haiku(self) -> haiku_mlp.MLP:
         return haiku_mlp.MLP(**self._fields())

@@ -6,7 +6,7 @@ from haiku_mlp.linear import Linear
 from haiku_mlp.mlp import MLP
 from haiku_mlp.natural_gradient import min_sr, natural_gradient
 from haiku_mlp.sharding import partition_specs
-from haiku_mlp.structure import Derivatives
+from haiku_mlp.structure import Derivatives, kernel_plan, tangent_kernel
 
 __all__ = [
     "MLP",
@@ -14,9 +14,11 @@ __all__ = [
     "JaxInitializer",
     "Linear",
     "blocks",
+    "kernel_plan",
     "min_sr",
     "natural_gradient",
     "partition_specs",
+    "tangent_kernel",
 ]
 
 __version__ = "0.1.0"

@@ -97,6 +97,14 @@ def check_weights(inputs: int, outputs: int) -> None:
         )
 
 
+def check_batches(x: Any, y: Any = None) -> None:
+    """Raises ValueError unless each of the two is ``(B, N)``, or ``y`` is None."""
+    for name, inputs in {"x": x, "y": x if y is None else y}.items():
+        if jnp.ndim(inputs) != 2:
+            shape = jnp.shape(inputs)
+            raise ValueError(f"{name} must have the shape (batch, inputs), got {shape}")
+
+
 def for_each_layer(activations: Any, num_hidden: int) -> tuple[Activation | None, ...]:
     """Returns one activation (or None) for each hidden layer."""
     return activations if _is_sequence(activations) else (activations,) * num_hidden

@@ -110,8 +110,11 @@ class MLP(hk.Module):
           y: Inputs ``(B', N)``; None: ``x``.
           chunk_size: Rows of the kernel computed at a time; None: all.
         """
-        layers = _as_structure(self, x, differentiable=True)
-        return structure.tangent_kernel(layers, x, y, chunk_size=chunk_size)
+        arguments.check_batches(x, y)
+        # In a transform of their own the modules that activations make are named afresh.
+        net: Any = hk.without_apply_rng(hk.transform(lambda x: self(x)))
+        params = _parameters(self, x)
+        return structure.tangent_kernel(net.apply, params, x, y, chunk_size=chunk_size)
 
     @hk.name_like("__call__")
     def connected(self, x: jax.Array, sites: jax.Array, values: jax.Array) -> jax.Array:
@@ -150,6 +153,20 @@ class MLP(hk.Module):
         inputs = x if features is None else jnp.vectorize(features, signature="(n)->(f)")(x)
         layers = _as_structure(self, inputs, differentiable=True)
         return structure.laplacian(layers, x, features=features, weights=weights)
+
+
+def _parameters(block: MLP, x: jax.Array) -> dict[str, dict[str, jax.Array]]:
+    """Returns the parameters of a call, those of the activations included."""
+    found: dict[str, dict[str, jax.Array]] = {}
+
+    def note(next_getter: Any, value: jax.Array, context: hk.GetterContext) -> jax.Array:
+        value = next_getter(value)
+        found.setdefault(context.module_name, {})[context.name] = value
+        return value
+
+    with hk.custom_getter(note):
+        block(x)
+    return found
 
 
 def _layers(block: MLP, input_size: int) -> list[tuple[Linear, Activation | None]]:

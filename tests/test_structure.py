@@ -271,17 +271,17 @@ class TestTangentKernel:
 
     @pytest.mark.parametrize("x", [normal(4), normal(2, 3, 4), 1.0])
     def test_wrong_shapes(self, x):
-        layers = (structure.Layer(w=jnp.ones((4, 1))),)
+        params, apply = random_params({}, normal(2, 4)), network({}, "tangent_kernel").apply
         with pytest.raises(ValueError, match=r"x must have the shape \(batch, inputs\)"):
-            structure.tangent_kernel(layers, x)
+            apply(params, x)
         with pytest.raises(ValueError, match=r"y must have the shape \(batch, inputs\)"):
-            structure.tangent_kernel(layers, normal(2, 4), x)
+            apply(params, normal(2, 4), x)
 
     @pytest.mark.parametrize("chunk_size", [0, -1])
     def test_wrong_chunk_size(self, chunk_size):
-        layers = (structure.Layer(w=jnp.ones((4, 1))),)
+        params, apply = random_params({}, normal(2, 4)), network({}, "tangent_kernel").apply
         with pytest.raises(ValueError, match="chunk_size must be positive"):
-            structure.tangent_kernel(layers, normal(2, 4), chunk_size=chunk_size)
+            apply(params, normal(2, 4), chunk_size=chunk_size)
 
     def test_peak_memory(self, optimized):
         fields, x = {"hidden_dims": (256, 256)}, normal(256, 64)

@@ -1,9 +1,10 @@
-"""What a multi-layer perceptron can compute because it is one: functions of its layers."""
+"""What can be computed from the structure of a network."""
 
 from haiku_mlp.structure.configurations import at_configurations
 from haiku_mlp.structure.connected import connected
 from haiku_mlp.structure.derivatives import Derivatives, derivatives
 from haiku_mlp.structure.first_layer import Features
+from haiku_mlp.structure.kernel_plan import KernelPlan, kernel_plan
 from haiku_mlp.structure.laplacian import laplacian
 from haiku_mlp.structure.layers import Layer, forward
 from haiku_mlp.structure.tangent_kernel import tangent_kernel
@@ -11,11 +12,13 @@ from haiku_mlp.structure.tangent_kernel import tangent_kernel
 __all__ = [
     "Derivatives",
     "Features",
+    "KernelPlan",
     "Layer",
     "at_configurations",
     "connected",
     "derivatives",
     "forward",
+    "kernel_plan",
     "laplacian",
     "tangent_kernel",
 ]

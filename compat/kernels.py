@@ -1,0 +1,77 @@
+"""The tangent kernel of any Flax model."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+import haiku_mlp
+from haiku_mlp.structure import KernelPlan
+
+
+def tangent_kernel(
+    function: Callable[[Any, Any], jax.Array],
+    params: Any,
+    x: Any,
+    y: Any = None,
+    *,
+    chunk_size: int | None = None,
+) -> jax.Array:
+    """Returns the tangent kernel of a Flax model: see :func:`haiku_mlp.tangent_kernel`.
+
+    Args:
+      function: From parameters and inputs to ``(B,)`` or ``(B, O)``: a function, or
+        ``model.apply``.
+      params: The parameters; for ``model.apply`` the variables, of which the collection
+        ``params`` counts.
+      x: Inputs ``(B, ...)``, or a tree of them.
+      y: Other inputs for the columns; None: ``x``.
+      chunk_size: As for :func:`haiku_mlp.tangent_kernel`.
+
+    Returns:
+      ``(B, B')``; for ``O`` outputs ``(B, B', O, O)``.
+
+    Example::
+
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import linen as nn
+      >>> import compat
+      >>> model = nn.Sequential([nn.Dense(8), nn.LayerNorm(), nn.gelu, nn.Dense(2)])
+      >>> variables = model.init(jax.random.key(0), jnp.ones((5, 3)))
+      >>> compat.tangent_kernel(model.apply, variables, jnp.ones((5, 3))).shape
+      (5, 5, 2, 2)
+    """
+    function, params = _of_params(function, params)
+    return haiku_mlp.tangent_kernel(function, params, x, y, chunk_size=chunk_size)
+
+
+def kernel_plan(function: Callable[[Any, Any], jax.Array], params: Any, x: Any) -> KernelPlan:
+    """Returns how the tangent kernel is computed: see :func:`haiku_mlp.kernel_plan`.
+
+    Args:
+      function: As for :func:`tangent_kernel`.
+      params: As for :func:`tangent_kernel`.
+      x: Inputs ``(B, ...)``, or a tree of them.
+
+    Example::
+
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import linen as nn
+      >>> import compat
+      >>> model = nn.Sequential([nn.Dense(8), nn.LayerNorm(), nn.gelu, nn.Dense(2)])
+      >>> variables = model.init(jax.random.key(0), jnp.ones((5, 3)))
+      >>> compat.kernel_plan(model.apply, variables, jnp.ones((5, 3)))[1]
+      Route(path="['layers_0']['kernel']", route='gram', positions=1, cost=8)
+    """
+    return haiku_mlp.kernel_plan(*_of_params(function, params), x)
+
+
+def _of_params(function: Callable[[Any, Any], jax.Array], variables: Any) -> tuple[Any, Any]:
+    """Returns the function of the collection ``params`` alone, and that collection."""
+    if not (isinstance(variables, Mapping) and isinstance(variables.get("params"), Mapping)):
+        return function, variables
+
+    def of_params(params: Any, x: Any) -> jax.Array:
+        return function({**variables, "params": params}, x)
+
+    return of_params, variables["params"]

@@ -1,0 +1,424 @@
+"""The tangent kernel of any network against the product of its Jacobians."""
+
+import functools
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import netket as nk
+import numpy as np
+import pytest
+from comparison import assert_close
+from flax import linen as nn
+from flax import nnx
+
+import compat
+import haiku_mlp
+
+X = jnp.asarray(np.random.default_rng(0).choice([-1.0, 1.0], (5, 6)))
+Y = jnp.asarray(np.random.default_rng(1).choice([-1.0, 1.0], (3, 6)))
+
+
+def rows(function, params, x):
+    """The Jacobian of the real outputs by all real numbers in the parameters, ``(B, O, P)``."""
+    leaves, treedef = jax.tree.flatten(params)
+    numbers = {i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)}
+    halves = {i: (leaves[i].real, leaves[i].imag) for i in numbers}
+
+    def outputs(halves, sample):
+        whole = [(a + 1j * b if jnp.iscomplexobj(leaves[i]) else a) for i, (a, b) in halves.items()]
+        values = dict(zip(halves, whole, strict=True))
+        full = [values.get(i, leaf) for i, leaf in enumerate(leaves)]
+        output = function(jax.tree.unflatten(treedef, full), sample[None])[0].reshape(-1)
+        return jnp.concatenate([output.real, output.imag]) if jnp.iscomplexobj(output) else output
+
+    jacobian = jax.vmap(lambda sample: jax.jacrev(outputs)(halves, sample))(x)
+    flat = [leaf.reshape(*leaf.shape[:2], -1) for leaf in jax.tree.leaves(jacobian)]
+    return jnp.concatenate(flat, -1)
+
+
+def dense_kernel(function, params, x, y=None):
+    left = rows(function, params, x)
+    right = left if y is None else rows(function, params, y)
+    return jnp.einsum("iap,jbp->ijab", left, right)
+
+
+def real_outputs(function):
+    """The function with its real and imaginary parts as outputs, ``(B, O)``."""
+
+    def outputs(params, x):
+        output = function(params, x)
+        output = output.reshape(len(output), -1)
+        parts = [output.real, output.imag] if jnp.iscomplexobj(output) else [output]
+        return jnp.concatenate(parts, -1)
+
+    return outputs
+
+
+def random_like(params, scale=0.4):
+    """Parameters none of which are zero."""
+    rng = np.random.default_rng(2)
+
+    def draw(leaf):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return leaf
+        value = rng.normal(size=leaf.shape)
+        value = value + 1j * rng.normal(size=leaf.shape) if jnp.iscomplexobj(leaf) else value
+        return jnp.asarray(scale * value, leaf.dtype)
+
+    return jax.tree.map(draw, params)
+
+
+class Tied(nn.Module):
+    """Weights used in a layer and again, transposed, outside of it."""
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.Dense(4, param_dtype=float)
+        z = jnp.tanh(layer(x))
+        w = layer.variables["params"]["kernel"]
+        return jnp.sum(z @ w.T, -1) + jnp.sum(w**2)
+
+
+class Shared(nn.Module):
+    """A layer applied three times, at several positions."""
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.Dense(6, param_dtype=float)
+        h = jnp.tanh(layer(x)).reshape(len(x), 1, 6)
+        h = jnp.concatenate([h, jnp.tanh(layer(-h))], 1)
+        return jnp.sum(jnp.sin(layer(h)), (1, 2))
+
+
+class Backflow(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        orbitals = self.param("orbitals", nn.initializers.normal(1.0), (6, 3), float)
+        layers = [nn.Dense(n, param_dtype=float) for n in (7, 18)]
+
+        def one(s):
+            flow = layers[1](jnp.tanh(layers[0](s))).reshape(6, 3)
+            return jnp.linalg.slogdet((orbitals + flow)[:3])[1]
+
+        return jax.vmap(one)(x)
+
+
+class Attention(nn.Module):
+    """Eight outputs of all that a transformer has."""
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.Dense(8, param_dtype=float)(x.reshape(len(x), 3, 2))
+        h = h + nn.MultiHeadDotProductAttention(2, param_dtype=float)(
+            nn.LayerNorm(param_dtype=float)(h)
+        )
+        h = nn.remat(nn.Dense)(8, param_dtype=float)(nn.gelu(h))
+        return nn.DenseGeneral(2, axis=(-2, -1), param_dtype=float)(h)
+
+
+class Scan(nn.Module):
+    """Layers in a loop, layers under ``nn.vmap`` and a convolution."""
+
+    @nn.compact
+    def __call__(self, x):
+        class Cell(nn.Module):
+            @nn.compact
+            def __call__(self, carry, _):
+                return jnp.tanh(nn.Dense(6, param_dtype=float)(carry)), None
+
+        options = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+        h, _ = nn.scan(Cell, length=2, **options)()(x, None)
+        heads = nn.vmap(nn.Dense, in_axes=None, out_axes=1, axis_size=2, **options)
+        h = nn.Conv(3, (2,), param_dtype=float)(heads(4, param_dtype=float)(h))
+        return jnp.sum(nn.PReLU(param_dtype=float)(h), (1, 2))
+
+
+def holomorphic(x):
+    return jnp.sum(jnp.tanh(nn.Dense(4, param_dtype=complex)(x)), -1)
+
+
+class Function(nn.Module):
+    function: object
+
+    @nn.compact
+    def __call__(self, x):
+        return self.function(x)
+
+
+def complex_of_real(x):
+    h = nn.Dense(4, param_dtype=float)(x * (1 + 0.5j))
+    return jnp.sum(h * jnp.exp(1j * nn.Dense(4, param_dtype=float)(h.real)), -1)
+
+
+def not_holomorphic(x):
+    h = nn.Dense(4, param_dtype=complex)(x)
+    h = jnp.tanh(h.real) + 1j * jnp.sin(h.imag)
+    return nn.Dense(3, param_dtype=complex)(h).sum(-1) + nn.Dense(1, param_dtype=float)(x)[:, 0]
+
+
+def real_of_complex(x):
+    return jnp.sum(jnp.abs(nn.Dense(4, param_dtype=complex)(x)), -1)
+
+
+def embedding(x):
+    table = nn.Embed(2, 4, param_dtype=float)
+    h = table((x > 0).astype(int)).mean(1)
+    return table.attend(jnp.tanh(h)).sum(-1)
+
+
+def general(x):
+    h = nn.DenseGeneral((2, 3), param_dtype=float)(x.reshape(len(x), 2, 3))
+    h = nn.DenseGeneral(4, axis=(1, -1), param_dtype=float)(jnp.sin(h))
+    h = nn.Einsum((4, 5), "bti,ij->btj", param_dtype=float)(h)
+    return jnp.sum(
+        nn.WeightNorm(nn.Dense(3, param_dtype=float), param_dtype=float)(jnp.tanh(h)), (1, 2)
+    )
+
+
+LINEN = {
+    "RBM": nk.models.RBM(alpha=2, param_dtype=float),
+    "complex RBM": nk.models.RBM(alpha=1, param_dtype=complex),
+    "symmetric RBM": nk.models.RBMSymm(nk.graph.Chain(6).translation_group(), alpha=2),
+    "Jastrow": nk.models.Jastrow(param_dtype=float),
+    "compat.MLP": compat.MLP(hidden_dims=(5, 4)),
+    "wrapped": compat.wrap(hk.nets.MLP)([7, 3], activation=jnp.tanh),
+    "tied": Tied(),
+    "shared": Shared(),
+    "backflow": Backflow(),
+    "attention": Attention(),
+    "scan": Scan(),
+    **{
+        function.__name__: Function(function)
+        for function in (holomorphic, complex_of_real, not_holomorphic, real_of_complex)
+    },
+    "embedding": Function(embedding),
+    "general": Function(general),
+}
+
+
+def linen(name):
+    model = LINEN[name]
+    variables = jax.eval_shape(model.init, jax.random.key(0), X)
+    return model.apply, {**variables, "params": random_like(variables["params"])}
+
+
+def of_params(apply, variables):
+    others = {name: value for name, value in variables.items() if name != "params"}
+    return lambda params, x: apply({"params": params, **others}, x)
+
+
+@pytest.fixture(autouse=True)
+def _rank_promotion():
+    with jax.numpy_rank_promotion("allow"):  # NetKet's models promote
+        yield
+
+
+@pytest.mark.parametrize("y", [None, Y], ids=["one batch", "two"])
+@pytest.mark.parametrize("name", LINEN)
+def test_flax_models(name, y):
+    apply, variables = linen(name)
+    function = real_outputs(apply)
+
+    def both(variables, x, y):
+        inner = of_params(function, variables)
+        ours = compat.tangent_kernel(function, variables, x, y)
+        return ours, dense_kernel(inner, variables["params"], x, y)
+
+    ours, expected = jax.jit(both)(variables, X, y)
+    assert_close(ours, expected, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["holomorphic", "complex_of_real", "not_holomorphic"])
+def test_complex_outputs(name):
+    apply, variables = linen(name)
+    kernel = jax.jit(functools.partial(compat.tangent_kernel, apply))(variables, X)
+    by_parts = real_outputs(apply)
+    ones = jax.tree.map(jnp.iscomplexobj, variables["params"])
+    expected = 0
+    for kind in (True, False):  # half the sum over the two parts of complex parameters
+        freeze = functools.partial(_frozen_but, ones, kind, variables["params"])
+        inner = of_params(by_parts, variables)
+        function = functools.partial(lambda f, g, p, x: g(f(p), x), freeze, inner)
+        k = jax.jit(functools.partial(dense_kernel, function))(variables["params"], X)
+        k = k[..., 0, 0] + k[..., 1, 1] + 1j * (k[..., 1, 0] - k[..., 0, 1])
+        expected += k / 2 if kind else k
+    assert_close(kernel, expected, 1e-12)
+
+
+def _frozen_but(kinds, kind, constants, params):
+    return jax.tree.map(lambda k, c, p: p if k == kind else c, kinds, constants, params)
+
+
+@pytest.mark.parametrize(
+    ("name", "y"), [("shared", None), ("backflow", Y), ("scan", Y), ("not_holomorphic", None)]
+)
+def test_chunks(name, y):
+    apply, variables = linen(name)
+    whole = jax.jit(functools.partial(compat.tangent_kernel, apply))(variables, X, y)
+    chunked = functools.partial(compat.tangent_kernel, apply, chunk_size=2)
+    assert_close(jax.jit(chunked)(variables, X, y), whole, 1e-13)
+
+
+def assert_is_dense(function, params):
+    def both(params):
+        ours = compat.tangent_kernel(function, params, X)
+        return ours, dense_kernel(function, params, X)[..., 0, 0]
+
+    assert_close(*jax.jit(both)(params), 1e-12)
+
+
+def haiku_network(x):
+    h = hk.Linear(6)(x)
+    h = (
+        h
+        + hk.MultiHeadAttention(2, 3, w_init=hk.initializers.VarianceScaling(1.0))(
+            *[h.reshape(len(x), 2, 3)] * 3
+        ).reshape(len(x), -1)[:, :6]
+    )
+    h = hk.LayerNorm(-1, True, True)(hk.remat(hk.Linear(6))(h))
+    return haiku_mlp.MLP(hidden_dims=(4,))(h)
+
+
+def test_haiku_network():
+    net = hk.without_apply_rng(hk.transform(haiku_network))
+    params = random_like(net.init(jax.random.key(0), X))
+    assert_is_dense(net.apply, params)
+
+
+def test_nnx_network():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.first = nnx.Linear(6, 5, param_dtype=float, rngs=rngs)
+            self.norm = nnx.LayerNorm(5, param_dtype=float, rngs=rngs)
+            self.last = nnx.LinearGeneral((5,), (1,), param_dtype=float, rngs=rngs)
+
+        def __call__(self, x):
+            return self.last(jnp.tanh(self.norm(self.first(x))))[:, 0]
+
+    graph, params, others = nnx.split(Model(nnx.Rngs(0)), nnx.Param, ...)
+
+    def function(params, x):
+        return nnx.merge(graph, params, others)(x)
+
+    params = random_like(params)
+    assert_is_dense(function, params)
+    routes = {route.route for route in compat.kernel_plan(function, params, X)}
+    assert routes == {"gram"}
+
+
+def test_parameters_of_activations_count():
+    def scaled(z):
+        return jnp.tanh(z * hk.get_parameter("slope", (1,), z.dtype, jnp.ones))
+
+    def normed(z):
+        return hk.LayerNorm(-1, True, True)(scaled(z))
+
+    def forward_and_kernel():
+        mlp = haiku_mlp.MLP((5, 5), hidden_activations=normed, output_activation=scaled)
+        return mlp, (mlp, mlp.tangent_kernel)
+
+    net = hk.without_apply_rng(hk.multi_transform(forward_and_kernel))
+    params = random_like(net.init(jax.random.key(0), X))
+    assert len(params) == 6  # the modules that the activations make too
+    forward, kernel = net.apply
+    expected = dense_kernel(forward, params, X)[..., 0, 0]
+    assert_close(kernel(params, X), expected, 1e-12)
+    model = compat.MLP((5,), hidden_activations=nn.PReLU(param_dtype=float))
+    variables = model.init(jax.random.key(0), X, method="tangent_kernel")
+    params = random_like(variables["params"])
+    kernel = model.apply({"params": params}, X, method="tangent_kernel")
+    expected = dense_kernel(of_params(model.apply, {}), params, X)[..., 0, 0]
+    assert_close(kernel, expected, 1e-12)
+
+
+def test_inputs_that_are_a_tree():
+    def function(params, x):
+        return x["a"] @ params["w"] + jnp.sum(x["b"], (1, 2)) * params["scale"]
+
+    params = {"w": jnp.arange(6.0), "scale": jnp.asarray(2.0), "unused": jnp.ones(3)}
+    x = {"a": X, "b": jnp.ones((5, 2, 2))}
+    kernel = haiku_mlp.tangent_kernel(function, params, x)
+    assert_close(kernel, X @ X.T + 16, 1e-12)
+
+
+def test_a_function_of_no_parameters():
+    assert_close(haiku_mlp.tangent_kernel(lambda p, x: x[:, 0], {}, X), jnp.zeros((5, 5)), 0)
+    params = {"n": jnp.arange(6)}
+    kernel = haiku_mlp.tangent_kernel(lambda p, x: x @ (1.0 * p["n"]), params, X)
+    assert_close(kernel, jnp.zeros((5, 5)), 0)
+
+
+def test_samples_are_taken_alone():
+    def mixing(params, x):
+        z = x @ params
+        return z - z.mean(0, keepdims=True)
+
+    assert_close(haiku_mlp.tangent_kernel(mixing, jnp.ones(6), X), jnp.zeros((5, 5)), 0)
+
+
+def routes(name):
+    apply, variables = linen(name)
+    return {
+        route.path: (route.route, route.positions)
+        for route in compat.kernel_plan(apply, variables, X)
+    }
+
+
+def test_plan():
+    assert routes("shared") == {
+        "['Dense_0']['bias']": ("jacobian", 3),
+        "['Dense_0']['kernel']": ("jacobian", 4),
+    }
+    assert routes("tied") == {
+        "['Dense_0']['bias']": ("gram", 1),
+        "['Dense_0']['kernel']": ("jacobian", 0),
+    }
+    assert routes("backflow")["['Dense_1']['kernel']"] == ("gram", 1)
+    assert routes("scan")["['Conv_0']['kernel']"] == ("jacobian", 0)
+    attention = routes("attention")
+    assert attention["['CheckpointDense_0']['kernel']"] == ("jacobian", 3)
+    assert attention["['DenseGeneral_0']['kernel']"] == ("gram", 1)
+
+
+def test_plan_takes_the_cheaper_route():
+    def plan(width):
+        model = nn.Sequential([nn.Dense(width), jnp.tanh, nn.Dense(width), jnp.tanh])
+        x = jnp.ones((2, 3, width))
+
+        def function(params, x):
+            return model.apply({"params": params}, x).sum((1, 2))
+
+        params = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+        params = jax.tree.map(jnp.zeros_like, params)
+        return haiku_mlp.kernel_plan(function, params, x)[1]
+
+    path = "['layers_0']['kernel']"
+    assert plan(8) == (path, "jacobian", 3, 64)
+    assert plan(64)[:3] == (path, "gram", 3)
+    assert plan(64).cost < 64 * 64
+
+
+WRONG = {
+    "a scalar": (lambda p, x: jnp.sum(x @ p), ValueError, r"must return \(B,\) or .*got \(\)"),
+    "a deep batch": (
+        lambda p, x: (x @ p)[:, None, None],
+        ValueError,
+        r"must return .*got \(1, 1, 1\) for one sample",
+    ),
+    "no batch": (lambda p, x: jnp.ones(3) * p[0], ValueError, r"got \(3,\) for one sample"),
+    "two arrays": (lambda p, x: (x @ p, x), TypeError, "must return one array"),
+    "integers": (lambda p, x: (x @ p).astype(int), TypeError, "int64, which has no derivatives"),
+}
+
+
+@pytest.mark.parametrize(("function", "error", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_outputs(function, error, message):
+    with pytest.raises(error, match=message):
+        haiku_mlp.tangent_kernel(function, jnp.ones(6), X)
+
+
+@pytest.mark.usefixtures("check_leaks")
+def test_leaks_no_tracer():
+    apply, variables = linen("attention")
+    jax.jit(functools.partial(compat.tangent_kernel, apply))(variables, X)
