@@ -38,6 +38,7 @@ Example::
   >>> table = nnx.tabulate(model, x)                 # a row for each Haiku module
 """
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -143,7 +144,22 @@ class MLP(Face, haiku=haiku_mlp.MLP):
     def __init__(self, in_features: int, *args: Any, rngs: nnx.Rngs, **kwargs: Any):
         self.in_features = size(in_features, "in_features")
         x = jax.ShapeDtypeStruct((self.in_features,), jnp.float32)
+        for name in {"kernel_init", "bias_init"} & kwargs.keys():
+            kwargs[name] = _Boxed(kwargs[name]) if callable(kwargs[name]) else kwargs[name]
         self._build(_make(flax_adapter.MLP, args, kwargs), self._function("__call__"), (x,), rngs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Boxed:
+    """An initializer in whose place Linen can be: NNX's metadata come in a box."""
+
+    init: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        value = self.init(*args)
+        if isinstance(value, nnx.VariableMetadata):  # nnx.with_partitioning
+            return nnx.bridge.NNXMeta(nnx.Param, value.raw_value, dict(value.metadata))
+        return value
 
 
 class HaikuFunction(Face):
@@ -252,7 +268,9 @@ def wrap(hk_cls: type[hk.Module]) -> type[Face]:
 
 
 def _variable(variable_type: type[nnx.Variable], value: Any) -> nnx.Variable:
-    """Returns a Variable; the names of axes in a Linen box become its metadata."""
+    """Returns a Variable; what a Linen box says becomes its metadata."""
+    if isinstance(value, nnx.bridge.NNXMeta):
+        return value.to_nnx_variable()
     if isinstance(value, meta.Partitioned):
         return variable_type(**value.to_nnx_metadata())
     return variable_type(meta.unbox(value))

@@ -175,9 +175,11 @@ def test_an_example_may_be_abstract():
     assert_identical(nnx.state(model), nnx.state(make_stack()))
 
 
-def test_names_of_axes():
-    init = nn.with_partitioning(jax.nn.initializers.ones, (None, "S"))  # NetKet's mesh
+@pytest.mark.parametrize("with_partitioning", [nn.with_partitioning, nnx.with_partitioning])
+def test_names_of_axes(with_partitioning):
+    init = with_partitioning(jax.nn.initializers.ones, (None, "S"))  # NetKet's mesh
     model = make_mlp(kernel_init=init)
+    assert nnx.graphdef(model) == nnx.graphdef(make_mlp(kernel_init=init))
     specs = nnx.get_partition_spec(nnx.state(model))
     assert tuple(jax.tree.leaves(specs["block"]["linear_0"]["kernel"])[0]) == (None, "S")
     assert (model.block.linear_0.kernel[...] == 1).all()
