@@ -13,7 +13,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from cases import GOOD
-from comparison import assert_identical, lowered_text
+from comparison import assert_close, assert_identical, lowered_text
 from flax import errors, nnx
 from flax import linen as nn
 from tables.haiku_modules import MODULES
@@ -700,6 +700,23 @@ def test_methods_of_the_mlp(method, args):
         return linen.apply(variables, *args, method=method)
 
     assert lowered_text(ours, values) == lowered_text(linens, values)
+
+
+def test_tangent_kernel_of_any_model():
+    model = make_net()
+    model.eval()
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def function(params, x):
+        return nnx.merge(graph, params, rest)(x)
+
+    jacobian = jax.jacobian(function)(params, X)
+    expected = sum(
+        jnp.einsum("ao...,bp...->abop", leaf, leaf) for leaf in jax.tree.leaves(jacobian)
+    )
+    assert_close(compat.tangent_kernel(function, params, X), expected, 1e-12)
+    routes = {route.path: route.route for route in compat.kernel_plan(function, params, X)}
+    assert [path for path, route in routes.items() if route == "gram" and "w" in path]
 
 
 # NetKet.
