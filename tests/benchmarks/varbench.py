@@ -79,7 +79,7 @@ def heisenberg(graph: Any, *second: float) -> tuple[Any, Any]:
 
 
 ISING = Recipe(features=16)
-HEISENBERG = Recipe(rate=(0.02, 0.002), shift=(1e-1, 3e-4))
+HEISENBERG = Recipe(rate=(0.02, 0.002), shift=(1e-1, 1e-3))
 SYSTEMS = {
     "tfim-chain-32": System(
         "TFIsing chain 32 periodic h=1", lambda: ising(nk.graph.Chain(32), 1.0), ISING
@@ -184,6 +184,8 @@ def train(
             mean, found = (float(np.mean(np.real(value))) for value in values)
             if not found < 10 * variance:  # the last step was too long
                 state.parameters, brake = good, brake + 1
+                for _ in range(BLOCK):  # the chains come back from where it led them
+                    state.sample()
                 continue
             good, variance = before, found
             steps = BLOCK + (curve[-1][1] if curve else 0)
