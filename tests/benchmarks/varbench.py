@@ -15,6 +15,7 @@ import dataclasses
 import importlib.metadata
 import json
 import math
+import os
 import pathlib
 import time
 from collections.abc import Callable
@@ -96,7 +97,14 @@ SYSTEMS = {
     "heisenberg-10x10": System(
         "Heisenberg square 10x10 periodic",
         lambda: heisenberg(nk.graph.Square(10)),
-        dataclasses.replace(HEISENBERG, chains=256, samples=(256, 1024), chunk=32),
+        dataclasses.replace(
+            HEISENBERG,
+            chains=256,
+            samples=(256, 1024),
+            rate=(0.015, 0.002),
+            shift=(0.5, 5e-3),
+            chunk=32,
+        ),
     ),
     "j1j2-6x6": System(
         "J1-J2 square 6x6 periodic J2=0.5",
@@ -248,7 +256,6 @@ def run(
     )
     left = 60 * minutes - (time.perf_counter() - begin)
     energy, error, variance, samples = estimate(state, hamiltonian, left)
-    device = jax.devices()[0]
     result = {
         "system": SYSTEMS[name].name,
         "energy": energy,
@@ -260,11 +267,17 @@ def run(
         "minutes": (time.perf_counter() - begin) / 60,
         "seed": seed,
         "recipe": dataclasses.asdict(recipe),
-        "device": f"{len(jax.devices())} x {device.device_kind}",
+        "device": _device(),
         "versions": {key: importlib.metadata.version(key) for key in ("jax", "flax", "netket")},
         "curve": curve,
     }
     return result, state
+
+
+def _device() -> str:
+    if jax.default_backend() == "cpu":
+        return f"{len(os.sched_getaffinity(0))} core(s)"
+    return jax.devices()[0].device_kind
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ in Pauli units.  The V-score is N var / (E - E_inf)^2, and smaller is better.
 
 import csv
 import json
+import math
 import pathlib
 from collections.abc import Iterable
 from typing import Any
@@ -24,9 +25,12 @@ def listed() -> list[dict[str, str]]:
 
 
 def results() -> dict[str, list[dict[str, Any]]]:
-    """Returns the results of each system, in the order of varbench, the least variance first."""
+    """Returns the results of each system, in the order of varbench.
+
+    Those of few cores go first, and of them the one with the least variance.
+    """
     found = [json.loads(path.read_text()) for path in sorted((FOLDER / "varbench").glob("*.json"))]
-    found.sort(key=lambda result: result["variance"])
+    found.sort(key=lambda one: (not one["device"].endswith("core(s)"), one["variance"]))
     systems = dict.fromkeys(row["system"] for row in listed())
     sorted_ = {name: [one for one in found if one["system"] == name] for name in systems}
     return {name: ours for name, ours in sorted_.items() if ours}
@@ -36,16 +40,13 @@ def table(name: str, ours: list[dict[str, Any]]) -> str:
     """Returns the table of a system."""
     rows = [row for row in listed() if row["system"] == name]
     sites, zero = int(rows[0]["dof"]), float(rows[0]["e_inf"] or 0)
-    lines = [name, "-" * len(name), *(_described(result) for result in ours)]
     exact = [float(row["energy"]) for row in rows if row["method"] in EXACT]
-    if exact:
-        error = 1 - ours[0]["energy"] / exact[0]
-        spread = ours[0]["error"] / abs(exact[0])
-        lines.append(f"relative error {error:.1e} +- {spread:.0e}")
+    lines = [name, "-" * len(name)]
+    lines += [_described(*pair, *exact[:1]) for pair in zip("abcdef", ours, strict=False)]
     lines += ["", f"{'energy':>14}  {'error':>8}  {'variance':>9}  {'V-score':>8}  method"]
     energies = [
-        (one["energy"], one["error"], one["variance"], f"this MLP{_letter(i, ours)}")
-        for i, one in enumerate(ours)
+        (one["energy"], one["error"], one["variance"], f"this MLP ({letter})")
+        for letter, one in zip("abcdef", ours, strict=False)
     ]
     energies += [
         (
@@ -62,19 +63,19 @@ def table(name: str, ours: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _described(result: dict[str, Any]) -> str:
+def _described(letter: str, result: dict[str, Any], exact: float = math.nan) -> str:
     recipe = result["recipe"]
     hidden = " x ".join(str(width) for width in (recipe["features"], *recipe["hidden"]))
-    return (
-        f"{hidden} hidden units an element of the {recipe['group']} group, "
-        f"{result['parameters']} parameters, "
-        f"{result['steps']} steps, {result['samples']} samples of the energy, seed "
-        f"{result['seed']}, {result['minutes']:.1f} minutes on {result['device']}"
+    size = f"{hidden} features, {recipe['group']} group, {result['parameters']} parameters"
+    text = (
+        f"({letter}) {size}, "
+        f"{result['steps']} steps, {result['minutes']:.1f} minutes on {result['device']}, "
+        f"seed {result['seed']}"
     )
-
-
-def _letter(i: int, ours: list[Any]) -> str:
-    return f" ({'abcdefgh'[i]})" if len(ours) > 1 else ""
+    if math.isnan(exact):
+        return text
+    error, spread = 1 - result["energy"] / exact, result["error"] / abs(exact)
+    return f"{text}:\n    relative error {error:.1e} +- {spread:.1e}"
 
 
 def _number(text: str) -> float | None:
