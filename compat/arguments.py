@@ -11,8 +11,11 @@ from typing import Any
 import haiku as hk
 import numpy as np
 
+from .mirror.caching import per_class
+
 Replace = Callable[[Any], Any]
 
+_signature = per_class(inspect.signature)
 _BY_POSITION = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL}
 
 
@@ -39,8 +42,6 @@ class Given:
     def __init__(self, hk_cls: type[hk.Module], arguments: Mapping[str, Any]):
         self._class = hk_cls
         self._arguments = copied(dict(arguments))
-        # What the modules are called that it constructs, by the name given.
-        self.module_names: dict[str | None, str] = {}
 
     def arguments(self, replace: Replace) -> dict[str, Any]:
         """Returns the arguments, ``replace`` done to all in them that is no container."""
@@ -52,7 +53,7 @@ class Given:
 
     def construct(self, name: str, replace: Replace) -> hk.Module:
         """Returns a new Haiku module, ``name`` given to a class that needs one."""
-        parameter = inspect.signature(self._class).parameters.get("name")
+        parameter = _signature(self._class).parameters.get("name")
         needs_name = parameter is not None and parameter.default is parameter.empty
         needed = {"name": name} if needs_name else {}
         bound = _bound(self._class, self.arguments(replace) | needed)
@@ -83,7 +84,7 @@ def _bound(
     hk_cls: type[hk.Module], arguments: Mapping[str, Any], defaults: bool = False
 ) -> inspect.BoundArguments:
     """Returns arguments by name as they are passed to the constructor."""
-    signature = inspect.signature(hk_cls)
+    signature = _signature(hk_cls)
     bound = inspect.BoundArguments(signature, {**arguments})
     if defaults or any(signature.parameters[name].kind in _BY_POSITION for name in arguments):
         bound.apply_defaults()
@@ -112,9 +113,8 @@ def _view(value: Any) -> Any:
         content = frozenset(map(_view, value))
     elif isinstance(value, np.ndarray):
         content = value.dtype, value.shape, value.tobytes()
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        content = tuple(_view(getattr(value, field.name)) for field in dataclasses.fields(value))
     elif not isinstance(value, Hashable):
-        is_data = dataclasses.is_dataclass(value)
-        fields = dataclasses.fields(value) if is_data else ()
-        entries = tuple(_view(getattr(value, field.name)) for field in fields)
-        content = entries if is_data else id(value)
+        content = id(value)
     return type(value), content

@@ -44,6 +44,11 @@ class Config:
     rate: float = 0.5
 
 
+@dataclasses.dataclass(frozen=True)
+class FrozenConfig:
+    sizes: list
+
+
 def got(model):
     """Returns what the constructor of a wrapped class got."""
     return nn.apply(lambda model: seen.append(model()), model)({}) or seen.pop()
@@ -64,6 +69,7 @@ VALUES = {
     "array": np.arange(3),
     "jax array": jnp.arange(3),
     "data": Config([1, 2]),
+    "frozen data": FrozenConfig([1, 2]),
     "function": hk.dropout,
     "named tuple": hk.LSTMState([1], {"a": 2}),
     "named by Flax": {"name": 1, "parent": 2, "copy": 3},
@@ -357,6 +363,25 @@ def test_a_required_name_in_flax():
         "Named_0": ["~/Named_0_linear"],
         "head": ["~/head_linear"],
     }
+
+
+class NamesItself(hk.Module):
+    def __init__(self, depth):
+        super().__init__(name=f"net_of_{depth}")
+        self.depth = depth
+
+    def __call__(self, x):
+        return hk.Linear(self.depth)(x)
+
+
+def test_a_name_made_of_arguments():
+    for depth in (2, 3):
+        model = compat.wrap(NamesItself)(depth)
+        variables = model.init(KEY, X)
+        assert set(variables["params"]) == {"linear"}
+        net = hk.without_apply_rng(hk.transform(lambda x, n=depth: NamesItself(n)(x)))
+        params, _ = compat.to_haiku(variables, root=f"net_of_{depth}")
+        assert_identical(model.apply(variables, X), net.apply(params, X))
 
 
 # Modules as arguments.
