@@ -75,8 +75,8 @@ def wrap(hk_cls: type[hk.Module]) -> type[Mirrored]:
     ``model.argument`` reads one, ``model.clone(argument=...)`` changes one.  ``name`` and
     ``parent`` are Flax's; a class that needs a ``name`` gets that of the Flax module, or
     else its own in small letters.  Models are equal if their arguments are, in value, type
-    and order.  An argument that is a Flax module (``wrap(...)(...)`` of a Haiku one) is a
-    submodule, ``flax_modules_`` before its name.
+    and order.  For an argument that is a Haiku module give a function that makes and calls
+    it, or a Flax module: that is a submodule then, ``flax_modules_`` before its name.
 
     The methods are the public methods of ``hk_cls``.  A name that Flax needs for itself
     (``init``, ``apply``, ``copy``, ``path``, ...) gets a ``_`` behind it as an argument, and
