@@ -1,6 +1,6 @@
 """The layers of a multi-layer perceptron, as many outputs wide as wanted."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import haiku as hk
@@ -218,27 +218,38 @@ def _cast(activation: Activation, dtype: Any) -> Activation:
 
 
 def _without_parameters(activation: Activation, z: jax.ShapeDtypeStruct) -> Activation:
-    """Returns ``activation`` as a function of arrays alone, for ``(..., n)`` from ``z (n,)``.
+    """Returns ``activation`` as a function of arrays alone, for arrays like ``z``.
 
-    It runs once, in the order of the forward call: a module that it makes gets the same
-    name there and here, and another one at each further run.
+    It runs here once, in the order of the forward call: a module that it makes gets the same
+    name there and here.  From then on it is a transform of its own, whose parameters are
+    those of the same order.
     """
-    read: list[str] = []
+    read = _parameters_read(activation, z)
+    if not read:
+        return activation
+    pure: Any = hk.without_apply_rng(hk.transform(lambda z: activation(z)))
+    names = _parameters_read(lambda z: pure.init(jax.random.key(0), z), z)
+    parameters: dict[str, dict[str, jax.Array]] = {}
+    for (module, name), value in zip(names, read.values(), strict=True):
+        parameters.setdefault(module, {})[name] = value
+    return jax.tree_util.Partial(pure.apply, parameters)  # a tree of its parameters
+
+
+def _parameters_read(function: Callable[[Any], Any], z: Any) -> dict[tuple[str, str], jax.Array]:
+    """Returns the parameters that a call reads, by module and name, in that order."""
+    stored = hk.get_params()
+    read: dict[tuple[str, str], jax.Array] = {}
 
     def note(next_getter: Any, value: jax.Array, context: hk.GetterContext) -> jax.Array:
-        read.append(context.full_name)
+        # Not what getters before this one make of it: they act again where it is read again.
+        module, name = context.module_name, context.name
+        read[module, name] = stored.get(module, {}).get(name, value)
         return next_getter(value)
 
     with hk.custom_getter(note):
         # A new function, since JAX keeps what it traced for one that it knows.
-        of_one, parameters = jax.closure_convert(lambda z: activation(z), z)
-    if not read:
-        return activation
-
-    def of_all(parameters: list[jax.Array], z: jax.Array) -> jax.Array:
-        return jnp.vectorize(lambda z: of_one(z, *parameters), signature="(n)->(m)")(z)
-
-    return jax.tree_util.Partial(of_all, parameters)  # a tree of the parameters
+        jax.eval_shape(lambda z: function(z), z)
+    return read
 
 
 def _hidden_sizes(given: Arguments, input_size: int) -> tuple[int, ...]:
