@@ -88,6 +88,16 @@ def test_an_other_modules_code_runs_in_its_place():
     assert_identical(model(X), other.block.linear_1(x).squeeze(-1))
 
 
+def test_a_submodule_in_the_place_of_another():
+    def function(x):
+        return hk.Linear(3, name="first")(hk.Linear(3, with_bias=False, name="second")(x))
+
+    model = compat_nnx.HaikuFunction(function, example=(X,), rngs=nnx.Rngs(0))
+    model.first = model.second
+    w = model.second.w[...]
+    np.testing.assert_allclose(model(X), X @ w @ w, rtol=1e-12)
+
+
 def test_a_native_module_follows_train_and_eval():
     x = X.astype(np.float32)
     model = compat_nnx.wrap(Net)(4, example=(x,), rngs=nnx.Rngs(0))
