@@ -47,6 +47,7 @@ from typing import Any
 import haiku as hk
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from flax import nnx
 from flax.core import meta
 
@@ -54,6 +55,7 @@ import haiku_mlp
 from haiku_mlp.arguments import size
 
 from . import flax_adapter, functions, wrapping
+from .arguments import copied
 from .mirror.attributes import Method, Source, abstract, find_layout
 from .mirror.names import HaikuTree, Path, flatten, unflatten
 from .mirror.node_run import Run, put
@@ -122,7 +124,7 @@ class MLP(Face, haiku=haiku_mlp.MLP):
       rngs: The values are those of ``compat.MLP(...).init(rngs.params(), x)``.
 
     Raises:
-      ValueError, TypeError: As :class:`compat.MLP`.
+      ValueError, TypeError: As :class:`compat.MLP`.  An activation must be no Flax module.
 
     Source: `Multi-layer perceptron of NetKet
     <https://netket.readthedocs.io/en/latest/api/_generated/models/netket.models.MLP.html>`_.
@@ -248,7 +250,8 @@ def wrap(hk_cls: type[hk.Module]) -> type[Face]:
       The class, the same one each time.
 
     Raises:
-      TypeError: ``hk_cls`` is no subclass of :class:`haiku.Module`, or has no ``method``.
+      TypeError: ``hk_cls`` is no subclass of :class:`haiku.Module`, or has no ``method``; or a
+        Flax module is among the arguments of its constructor.
 
     Example::
 
@@ -336,7 +339,18 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 def _make(face_class: type[Mirrored], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mirrored:
     """Returns a Linen face; its fields for a parent and a name are none of NNX's."""
+    copied((args, kwargs), _refuse_module)
     parameters = inspect.signature(face_class).parameters.values()
     own = [p for p in parameters if p.name not in ("parent", "name")]
     inspect.Signature(own).bind(*args, **kwargs)
     return face_class(*args, **kwargs)
+
+
+def _refuse_module(value: Any) -> Any:
+    """Raises for a module whose parameters would be no part of the model."""
+    if isinstance(value, nnx.Module | nn.Module):
+        raise TypeError(
+            f"a {type(value).__name__} of Flax among the arguments would not be trained: give "
+            "HaikuFunction a function that makes a Haiku module, and put the other in its place"
+        )
+    return value

@@ -137,6 +137,27 @@ def test_a_submodule_that_keeps_an_array_does_not_run_by_itself():
     assert (alone(X) == X).all()
 
 
+class Residual(hk.Module):
+    def __init__(self, inner, name=None):
+        super().__init__(name)
+        self.inner = inner
+
+    def __call__(self, x):
+        return x + self.inner(x)
+
+
+def test_a_module_among_the_arguments_is_refused():
+    inner = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+    for module in (inner, compat.wrap(hk.Linear)(3)):
+        with pytest.raises(TypeError, match="Linear of Flax among the arguments would not be"):
+            compat_nnx.wrap(Residual)(module, example=(X,), rngs=nnx.Rngs(0))
+    model = compat_nnx.HaikuFunction(
+        lambda x: Residual(hk.Linear(3, name="inner"))(x), example=(X,), rngs=nnx.Rngs(0)
+    )
+    model.inner = inner
+    assert_identical(model(X), X + inner(X))
+
+
 class AutoEncoder(hk.Module):
     """Methods with parameters of their own, one of which Flax has a method of that name for."""
 
