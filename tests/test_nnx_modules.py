@@ -32,10 +32,12 @@ def test_a_submodule_that_needs_others_does_not_run_by_itself():
         make_stack().sequential(X)
 
 
-class Scanned(hk.Module):
-    def __call__(self, x):
-        linear = hk.Linear(3)
-        return hk.scan(lambda x, _: (linear(x), None), x, None, 2)[0]
+def scanned(make):
+    def function(x):
+        module = make()
+        return hk.scan(lambda x, _: (module(x), None), x, None, 2)[0]
+
+    return compat_nnx.HaikuFunction(function, example=(X,), rngs=nnx.Rngs(0))
 
 
 def test_replacing_a_submodule():
@@ -56,12 +58,15 @@ def test_replacing_a_submodule():
 
 
 def test_a_replaced_submodule_that_would_not_run_is_an_error():
-    model = compat_nnx.wrap(Scanned)(example=(X,), rngs=nnx.Rngs(0))
+    model = scanned(lambda: hk.Linear(3))
     model.linear.w[...] = jnp.eye(3)
     assert (model(X) == X).all()
     model.linear = nnx.Linear(3, 3, rngs=nnx.Rngs(1))
-    with pytest.raises(ValueError, match=r"replaced by a Linear, but Haiku .* inside hk.scan"):
-        model(X)
+    without_values = scanned(lambda: hk.Flatten(name="linear"))
+    without_values.linear = model.linear
+    for scan in (model, without_values):
+        with pytest.raises(ValueError, match=r"replaced by a Linear, but Haiku .* inside hk.scan"):
+            scan(X)
 
 
 def test_state_that_the_example_does_not_make_is_an_error():
