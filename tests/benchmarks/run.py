@@ -19,6 +19,7 @@ import jax
 jax.config.update("jax_enable_x64", True)
 
 import forward  # noqa: E402  (x64 is on from the start)
+import iteration  # noqa: E402
 import overhead  # noqa: E402
 import structure  # noqa: E402
 
@@ -45,6 +46,20 @@ GROUPS: dict[str, tuple[str, Callable[[], Iterator[tuple[str, ...]]]]] = {
     "overhead": ("Python, in units of netket.models.MLP", lambda: overhead.rows(BUDGET / 4)),
     "resnet": ("Tracing through the adapter", lambda: overhead.resnet_rows(BUDGET / 2)),
     "imports": ("Imports, in units of haiku", overhead.import_rows),
+    "iterations": (
+        "A whole iteration, sampling and step: VMC_SR in units of ours",
+        lambda: iteration.iteration_rows(BUDGET),
+    ),
+    "growth": ("How the time of an iteration grows", lambda: iteration.growth_rows(BUDGET)),
+    "energies": (
+        "Local energies: NetKet's kernels in units of ours",
+        lambda: iteration.local_energy_rows(BUDGET),
+    ),
+    "proposals": ("Sampling, all chains at once", lambda: iteration.proposal_rows(BUDGET)),
+    "kinetic": (
+        "Kinetic energy in a sum with a potential: NetKet's in units of ours",
+        lambda: iteration.kinetic_rows(BUDGET),
+    ),
     "sr": (
         "A step of stochastic reconfiguration, in units of MinSR",
         lambda: structure.sr_rows(BUDGET),
