@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import pickle
 import types
 from collections import OrderedDict, defaultdict
@@ -126,6 +127,24 @@ class Shows(hk.Module):
     def __call__(self):
         seen[:] = [self.config]
         return jnp.zeros(())
+
+
+def test_only_what_is_given_is_passed():
+    """Code around a constructor (gin, ...) may have defaults of its own."""
+
+    class Configured(Keeps):
+        @functools.wraps(Keeps.__init__)
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args or ["of gin"], **kwargs)
+
+    wrapped = compat.wrap(Configured)
+    assert [got(wrapped())[0], got(wrapped(config=3))[0]] == ["of gin", 3]
+
+
+def test_a_change_among_the_more():
+    model = Wrapped(1, 2, a=[1], b=2)
+    assert got(model.clone(b=3, c=4)) == (1, (2,), {"a": [1], "b": 3, "c": 4})
+    assert got(model.clone(config=0)) == (0, (2,), {"a": [1], "b": 2})
 
 
 def test_containers_are_copied():
