@@ -1,6 +1,7 @@
 """``compat.netket`` against NetKet's ``VMC_SR(use_ntk=True)`` on the same samples."""
 
 import cases
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import netket as nk
@@ -8,6 +9,8 @@ import numpy as np
 import optax
 import pytest
 from comparison import assert_close
+from flax import linen as nn
+from flax import nnx
 
 import compat
 from compat.netket import MinSR, natural_gradient
@@ -140,15 +143,96 @@ def test_driver_runs_as_netkets(name, momentum):
     assert driver.energy.mean == log.data["Energy"]["Mean"][-1]
 
 
-def test_a_state_of_another_model():
-    state = state_of(nk.models.RBM())
-    with pytest.raises(TypeError, match=r"model is a compat.MLP, got a MCState of RBM"):
-        natural_gradient(state, HAMILTONIAN, 1e-3)
-    with pytest.raises(TypeError, match=r"got a MCState of RBM"):
-        MinSR(HAMILTONIAN, optax.sgd(0.1), diag_shift=1e-3, variational_state=state)
+class Envelope(nn.Module):
+    """A factor times an MLP, as their logarithms."""
+
+    @nn.compact
+    def __call__(self, x):
+        width = self.param("width", nn.initializers.ones, (), float)
+        return compat.MLP((5,))(x) - width * jnp.sum(x * jnp.roll(x, 1, -1), -1)
+
+
+class Dense(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(6, 5, param_dtype=complex, rngs=rngs)
+        self.last = nnx.Linear(5, 1, param_dtype=complex, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(jnp.tanh(self.first(x)))[..., 0]
+
+
+class Subclass(compat.MLP):
+    """Of no other behaviour."""
+
+
+RING = nk.graph.Chain(6)
+OF_OTHERS = {
+    "RBM": lambda: nk.models.RBM(alpha=2),
+    "complex RBM": lambda: nk.models.RBM(param_dtype=complex),
+    "GCNN": lambda: nk.models.GCNN(symmetries=RING, layers=2, features=2),
+    "envelope": Envelope,
+    "subclass": lambda: Subclass((5,)),
+    "SymmExpSum": lambda: nk.nn.blocks.SymmExpSum(
+        compat.MLP((5,)), symm_group=RING.translation_group()
+    ),
+    "NNX": lambda: Dense(nnx.Rngs(0)),
+    "Haiku": lambda: hk.transform(lambda x: hk.nets.MLP([5, 1])(1.0 * x)[..., 0]),
+    "wrapped": lambda: compat.HaikuFunction(lambda x: hk.nets.MLP([5, 1])(1.0 * x)[..., 0]),
+}
+
+
+OF_OTHERS_NOW = {"complex RBM", "envelope", "NNX"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name not in OF_OTHERS_NOW))
+        for name in OF_OTHERS
+    ],
+)
+def test_step_of_any_model(name):
+    state = state_of(OF_OTHERS[name]())
+    _, step = natural_gradient(state, HAMILTONIAN, 1e-2)
+    expected = netket_driver(state, diag_shift=1e-2).compute_loss_and_update()[1]
+    assert_same(step, expected)
+
+
+def test_single_precision_model_with_a_momentum_in_double():
+    state = state_of(compat.MLP(hidden_dims=(8,), param_dtype=jnp.float32))
+    driver = MinSR(
+        HAMILTONIAN,
+        optax.sgd(0.1),
+        diag_shift=1e-2,
+        variational_state=state,
+        momentum=jnp.asarray(0.8, jnp.float64),
+    )
+    driver.run(2, show_progress=False)
+    dtypes = [
+        [leaf.dtype for leaf in jax.tree.leaves(tree)] for tree in (driver._dp, state.parameters)
+    ]
+    assert dtypes[0] == dtypes[1]
+
+
+def test_a_state_of_another_kind():
     state = nk.vqs.FullSumState(HILBERT, compat.MLP())
-    with pytest.raises(TypeError, match=r"got a FullSumState of MLP"):
+    with pytest.raises(TypeError, match=r"must be a netket.vqs.MCState, got a FullSumState"):
         natural_gradient(state, HAMILTONIAN, 1e-3)
+
+
+def test_stops_where_nothing_is_finite():
+    model = compat.MLP(hidden_dims=(4,), param_dtype=complex)
+
+    def driver(**options):
+        state = state_of(model)
+        state.parameters = jax.tree.map(lambda leaf: leaf * jnp.nan, state.parameters)
+        return MinSR(
+            HAMILTONIAN, optax.sgd(0.1), diag_shift=0.1, variational_state=state, **options
+        )
+
+    with pytest.raises(FloatingPointError, match=r"energy and step not finite at step 0: .*gelu"):
+        driver().run(1, show_progress=False)
+    driver(stop_if_not_finite=False).run(1, show_progress=False)
 
 
 def test_wrong_modes():
@@ -164,6 +248,8 @@ def test_another_hilbert_space():
     hamiltonian = nk.operator.Ising(hilbert, nk.graph.Chain(4), h=1.0)
     with pytest.raises(TypeError, match="the same Hilbert space"):
         MinSR(hamiltonian, optax.sgd(0.1), diag_shift=0.1, variational_state=state_of(compat.MLP()))
+    with pytest.raises(TypeError, match="the same Hilbert space"):
+        natural_gradient(state_of(compat.MLP()), hamiltonian, 0.1)
 
 
 def test_compat_does_not_import_netket(run_fresh):

@@ -1,6 +1,5 @@
-"""Stochastic reconfiguration in NetKet by the structure of the MLP."""
+"""Stochastic reconfiguration in NetKet by the tangent kernel of any model."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +10,7 @@ import netket as nk
 from netket.utils import struct
 
 import haiku_mlp
-from haiku_mlp.arguments import Activation
 
-from .. import blocks
-from ..flax_adapter import MLP
 from .local_energies import local_energies
 
 Schedule = float | jax.Array | Callable[[int], Any]
@@ -34,15 +30,14 @@ def natural_gradient(
     r"""Returns the energy and the step of stochastic reconfiguration, on the state's samples.
 
     The step is that of ``netket.driver.VMC_SR(use_ntk=True)``, but its kernel comes from
-    the layers of the MLP (:func:`haiku_mlp.structure.tangent_kernel`), without a Jacobian.
-    As there, with :math:`X` the centred Jacobian divided by :math:`\sqrt{B}` and
+    :func:`haiku_mlp.tangent_kernel`, without a Jacobian wherever products are cheaper.  As
+    there, with :math:`X` the centred Jacobian divided by :math:`\sqrt{B}` and
     :math:`\epsilon` the centred local energies likewise,
 
     .. math:: \delta = 2 X^\dagger (X X^\dagger + \lambda)^{-1} \epsilon
 
     Args:
-      state: A state whose model is a :class:`compat.MLP`, the logarithm of the wave
-        function.
+      state: A state of any model, the logarithm of the wave function.
       hamiltonian: The operator whose expectation value is minimised.
       diag_shift: :math:`\lambda`, not negative.
       mode: ``"real"``: the real part of the logarithm and of the local energies.
@@ -51,14 +46,15 @@ def natural_gradient(
         holomorphic function of complex parameters.  None: complex if the output is.
       momentum: :math:`\mu` of SPRING, see :func:`haiku_mlp.natural_gradient`.
       previous: The step before this one, for SPRING.
-      chunk_size: Rows of the kernel computed at a time; None: all.
+      chunk_size: Samples whose derivatives are formed, and rows of the kernel, at a time;
+        None: all.
 
     Returns:
       The energy, a ``netket.stats.Stats``, and the step to be subtracted, a tree like
       ``state.parameters``.
 
     Raises:
-      TypeError: ``state`` is no ``MCState`` of a :class:`compat.MLP`.
+      TypeError: ``state`` is no ``MCState``, or its Hilbert space is not the operator's.
       ValueError: The mode is unknown, or does not fit the parameters.
 
     Source: `VMC_SR of NetKet
@@ -76,12 +72,13 @@ def natural_gradient(
       >>> energy, step = natural_gradient(state, hamiltonian, 1e-3)
       >>> state.parameters = jax.tree.map(lambda p, d: p - 0.1 * d, state.parameters, step)
     """
-    model = _checked_model(state)
+    _check_state(state, hamiltonian)
     mode = _checked_mode(mode, state)
     energies = local_energies(state, hamiltonian)
     step = _step(
-        model,
+        _log_psi(state),
         state.parameters,
+        state.model_state,
         state.samples.reshape(-1, state.hilbert.size),
         energies.reshape(-1),
         diag_shift,
@@ -109,11 +106,13 @@ class MinSR(nk.driver.AbstractOptimizationDriver):
       momentum: As for :func:`natural_gradient`, or a function of the number of the step.
         None: no momentum.
       chunk_size: As for :func:`natural_gradient`.
+      stop_if_not_finite: Whether an energy or a step that is not finite is an error; else it
+        goes into the parameters.
 
     Raises:
-      TypeError: The state is no ``MCState`` of a :class:`compat.MLP`, or its Hilbert space
-        is not the operator's.
+      TypeError: The state is no ``MCState``, or its Hilbert space is not the operator's.
       ValueError: The mode is unknown, or does not fit the parameters.
+      FloatingPointError: At a step, the energy or the step is not finite.
 
     Example::
 
@@ -136,6 +135,7 @@ class MinSR(nk.driver.AbstractOptimizationDriver):
     _momentum: Any = struct.field(pytree_node=False, serialize=False)
     _mode: str = struct.field(pytree_node=False, serialize=False)
     _chunk_size: int | None = struct.field(pytree_node=False, serialize=False)
+    _stop_if_not_finite: bool = struct.field(pytree_node=False, serialize=False)
     _previous: Any = None
 
     def __init__(
@@ -148,19 +148,16 @@ class MinSR(nk.driver.AbstractOptimizationDriver):
         mode: str | None = None,
         momentum: Schedule | None = None,
         chunk_size: int | None = None,
+        stop_if_not_finite: bool = True,
     ):
-        _checked_model(variational_state)
-        if variational_state.hilbert != hamiltonian.hilbert:
-            raise TypeError(
-                f"the state is of {variational_state.hilbert}, the operator of "
-                f"{hamiltonian.hilbert}: give both the same Hilbert space"
-            )
+        _check_state(variational_state, hamiltonian)
         super().__init__(variational_state, optimizer, minimized_quantity_name="Energy")
         self._hamiltonian = hamiltonian
         self._diag_shift = diag_shift
         self._momentum = momentum
         self._mode = _checked_mode(mode, variational_state)
         self._chunk_size = chunk_size
+        self._stop_if_not_finite = stop_if_not_finite
         if momentum is not None:  # now, so that a checkpoint fits a new driver
             self._previous = jax.tree.map(jnp.zeros_like, variational_state.parameters)
 
@@ -176,6 +173,8 @@ class MinSR(nk.driver.AbstractOptimizationDriver):
             previous=self._previous,
             chunk_size=self._chunk_size,
         )
+        if self._stop_if_not_finite:
+            self._check_finite()
         if momentum is not None:
             self._previous = self._dp
         return self._loss_stats, self._dp
@@ -185,33 +184,39 @@ class MinSR(nk.driver.AbstractOptimizationDriver):
         """The energy at the last step, a ``netket.stats.Stats``."""
         return self._loss_stats
 
+    def _check_finite(self) -> None:
+        results = {"energy": self._loss_stats.mean, "step": self._dp}
+        wrong = [name for name, value in results.items() if not _is_finite(value)]
+        if wrong:
+            hint = ": complex gelu has poles, see haiku_mlp.MLP" * _has_complex_gelu(self.state)
+            raise FloatingPointError(
+                f"{' and '.join(wrong)} not finite at step {self.step_count}{hint}"
+            )
+
     def _at_this_step(self, value: Schedule) -> Any:
         return value(self.step_count) if callable(value) else value
 
 
-@dataclasses.dataclass(frozen=True)
-class _Outputs:
-    """Output activation that shows what a mode differentiates."""
+def _log_psi(state: nk.vqs.MCState) -> Callable[[Any, jax.Array], jax.Array]:
+    """Returns the function of variables and samples, equal for equal models.
 
-    activation: Activation | None
-    mode: str
-
-    def __call__(self, z: jax.Array) -> jax.Array:
-        z = self.activation(z) if callable(self.activation) else z
-        return _outputs(z, self.mode)
+    NetKet has no public name for it: ``state.model`` is what the user gave, of any framework.
+    """
+    return state._apply_fun
 
 
-def _outputs(z: jax.Array, mode: str) -> jax.Array:
-    """Returns ``(..., 1)`` as it is, its real part, or both parts ``(..., 2)``."""
-    if mode == "holomorphic":
-        return z
-    return z.real if mode == "real" else jnp.concatenate([z.real, z.imag], -1)
+def _outputs(values: jax.Array, mode: str) -> jax.Array:
+    """Returns what a mode differentiates: ``(B,)``, or the two parts ``(B, 2)``."""
+    if mode == "complex":
+        return jnp.stack([values.real, values.imag], -1)
+    return values if mode == "holomorphic" else values.real
 
 
-@functools.partial(jax.jit, static_argnames=("model", "mode", "chunk_size"))
+@functools.partial(jax.jit, static_argnames=("log_psi", "mode", "chunk_size"))
 def _step(
-    model: MLP,
+    log_psi: Callable[[Any, jax.Array], jax.Array],
     params: Any,
+    model_state: Any,
     samples: jax.Array,
     local_energies: jax.Array,
     diag_shift: float | jax.Array,
@@ -221,44 +226,50 @@ def _step(
     mode: str,
     chunk_size: int | None,
 ) -> Any:
-    fields = {name: getattr(model, name) for name in blocks.FIELDS}
-    fields["output_activation"] = _Outputs(model.output_activation, mode)
-    block = blocks.MLP(1, **fields)
-    (name,) = params  # the block's level
+    def outputs(params: Any, samples: jax.Array) -> jax.Array:
+        return _outputs(log_psi({**model_state, "params": params}, samples), mode)
 
-    def outputs(params: Any, **options: Any) -> Any:
-        return block.apply({"params": params[name]}, samples, **options)
-
+    chunked = nk.jax.apply_chunked(outputs, in_axes=(None, 0), chunk_size=chunk_size)
     return haiku_mlp.natural_gradient(
-        outputs,
+        lambda params: chunked(params, samples),
         params,
-        outputs(params, method="tangent_kernel", chunk_size=chunk_size),
-        _outputs(2 * local_energies[:, None], mode),
+        haiku_mlp.tangent_kernel(outputs, params, samples, chunk_size=chunk_size),
+        _outputs(2 * local_energies, mode),
         diag_shift,
         momentum=momentum,
         previous=previous,
     )
 
 
-def _checked_model(state: Any) -> MLP:
-    if not isinstance(state, nk.vqs.MCState) or type(state.model) is not MLP:
-        model = getattr(state, "model", None)
+def _check_state(state: Any, hamiltonian: Any) -> None:
+    if not isinstance(state, nk.vqs.MCState):
+        raise TypeError(f"the state must be a netket.vqs.MCState, got a {type(state).__name__}")
+    if state.hilbert != hamiltonian.hilbert:
         raise TypeError(
-            "the state must be a netket.vqs.MCState whose model is a compat.MLP, got a "
-            f"{type(state).__name__} of {type(model).__name__}: netket.driver.VMC_SR takes any"
+            f"the state is of {state.hilbert}, the operator of {hamiltonian.hilbert}: give both "
+            "the same Hilbert space"
         )
-    return state.model
 
 
 def _checked_mode(mode: Any, state: nk.vqs.MCState) -> str:
-    leaves = jax.tree.leaves(state.parameters)
     if mode is None:
-        output = jax.eval_shape(
-            state.model.apply, state.variables, jnp.zeros((1, state.hilbert.size))
-        )
+        sample = jax.ShapeDtypeStruct((1, state.hilbert.size), state.sampler.dtype)
+        output = jax.eval_shape(_log_psi(state), state.variables, sample)
         mode = "complex" if jnp.iscomplexobj(output) else "real"
     if str(mode) not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)} or None, got {mode!r}")
-    if str(mode) == "holomorphic" and not all(map(jnp.iscomplexobj, leaves)):
+    are_complex = map(jnp.iscomplexobj, jax.tree.leaves(state.parameters))
+    if str(mode) == "holomorphic" and not all(are_complex):
         raise ValueError("mode holomorphic needs complex parameters: give mode='complex'")
     return str(mode)
+
+
+@jax.jit
+def _is_finite(tree: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+def _has_complex_gelu(state: nk.vqs.MCState) -> bool:
+    fields = jax.tree.leaves(getattr(state.model, "__dict__", {}))
+    is_complex = any(map(jnp.iscomplexobj, jax.tree.leaves(state.parameters)))
+    return is_complex and any(field is jax.nn.gelu for field in fields)
