@@ -200,6 +200,7 @@ def strictly(function, params, x):
 
 
 def debugged(function, params, x):
+    """One operation at a time, each looked at."""
     with jax.debug_nans(True):
         return function(params, x)
 
@@ -250,8 +251,14 @@ KERNELS = ["tangent_kernel", "of any network", "natural_gradient"]
 PENDING = {(q, c) for q in KERNELS for c in ("sharded", "on_an_explicit_mesh", "exported")}
 """What is not yet so."""
 
+
+def marks(quantity, circumstance):
+    pending = [pytest.mark.xfail(strict=False)] * ((quantity, circumstance) in PENDING)
+    return pending + [pytest.mark.slow] * (circumstance == "debugged")
+
+
 CASES = [
-    pytest.param(q, c, marks=[pytest.mark.xfail(strict=False)] * ((q, c) in PENDING))
+    pytest.param(q, c, marks=marks(q, c))
     for q in QUANTITIES
     for c in CIRCUMSTANCES
     if QUANTITIES[q].of_samples or c != "sharded"
