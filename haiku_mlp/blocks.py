@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from haiku_mlp import arguments, structure
 from haiku_mlp.arguments import Activation, Activations, Arguments
 from haiku_mlp.initializers import Initializer, default_bias_init, default_kernel_init
-from haiku_mlp.linear import Linear, common_dtype
+from haiku_mlp.linear import Linear
 
 
 class MLP(hk.Module):
@@ -151,7 +151,7 @@ class MLP(hk.Module):
           ``laplacian (..., output_dim)``.
         """
         inputs = x if features is None else jnp.vectorize(features, signature="(n)->(f)")(x)
-        layers = _as_structure(self, inputs, differentiable=True)
+        layers = _as_structure(self, inputs)
         return structure.laplacian(layers, x, features=features, weights=weights)
 
 
@@ -190,13 +190,8 @@ def _layers(block: MLP, input_size: int) -> list[tuple[Linear, Activation | None
     return list(zip(layers, (*hidden_activations, given.output_activation), strict=True))
 
 
-def _as_structure(
-    block: MLP, x: jax.Array, differentiable: bool = False
-) -> tuple[structure.Layer, ...]:
-    """Returns the layers with their parameters, those that the forward call of ``x`` uses.
-
-    Integers and booleans, which have no derivatives, become numbers that do where asked for.
-    """
+def _as_structure(block: MLP, x: jax.Array) -> tuple[structure.Layer, ...]:
+    """Returns the layers with their parameters, those that the forward call of ``x`` uses."""
     if hk.running_init():
         block(x)  # makes those of the activations too, outside of what is traced below
     layers: list[structure.Layer] = []
@@ -207,14 +202,8 @@ def _as_structure(
         if callable(activation):
             layer = layer._replace(activation=_without_parameters(activation, z))
         h = jax.eval_shape(layer.activate, z)
-        if differentiable and not jnp.issubdtype(h.dtype, jnp.inexact):
-            layer = layer._replace(activation=_cast(layer.activate, common_dtype(h, layer.w)))
         layers.append(layer)
     return tuple(layers)
-
-
-def _cast(activation: Activation, dtype: Any) -> Activation:
-    return lambda z: activation(z).astype(dtype)
 
 
 def _without_parameters(activation: Activation, z: jax.ShapeDtypeStruct) -> Activation:

@@ -18,6 +18,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, PartitionSpec
 
 import haiku_mlp
+from haiku_mlp import structure
 from haiku_mlp.structure import layers
 
 SAMPLES, SITES = 5, 3
@@ -287,6 +288,16 @@ def test_parameters_made_by_a_method(name, method):
     params = jax.jit(hk.transform(call).init)(jax.random.key(0), x)
     by_call = jax.jit(network(name).init)(jax.random.key(0), x)
     jax.tree.map(np.testing.assert_array_equal, params, by_call)
+
+
+@pytest.mark.parametrize("activation", [lambda z: z > 0, lambda z: jnp.round(z).astype(int)])
+def test_activations_that_give_no_floats_have_no_slope(activation):
+    hidden = layers.Layer(w=jnp.ones((SITES, 4)), activation=activation)
+    of_steps = structure.laplacian((hidden, layers.Layer(w=jnp.ones((4, 2)))), FLOATS)
+    expected = layers.forward((hidden, layers.Layer(w=jnp.ones((4, 2)))), FLOATS)
+    np.testing.assert_array_equal(of_steps.value, expected)
+    assert not np.any(of_steps.gradient)
+    assert not np.any(of_steps.laplacian)
 
 
 @pytest.mark.parametrize("change", ["before", "after"])

@@ -124,9 +124,9 @@ def _activate(
     layer: Layer, z: jax.Array, jacobian: jax.Array | None, laplacian: jax.Array, start: Inputs
 ) -> _Carry:
     """Returns the derivatives of ``phi(z)`` from those of ``z``."""
-    phi = layer.activation
-    if not callable(phi):
+    if not callable(layer.activation):
         return _Carry(z, [(None, jacobian)], laplacian)
+    phi = _of_numbers(layer.activation, z)
     jacobians = [None] if jacobian is None else _parts(jacobian)
     laplacians = _parts(laplacian)
     _check_elementwise(phi, z)
@@ -144,6 +144,13 @@ def _activate(
         jacobian=list(zip(first, jacobians, strict=True)),
         laplacian=_sum([f * part for f, part in zip(first, laplacians, strict=True)] + curvatures),
     )
+
+
+def _of_numbers(phi: Activation, z: jax.Array) -> Activation:
+    """Returns ``phi`` with integers and booleans, which have no derivatives, as numbers."""
+    if jnp.issubdtype(jax.eval_shape(phi, z).dtype, jnp.inexact):
+        return phi
+    return lambda a: phi(a).astype(z.dtype)
 
 
 def _sum(terms: list[jax.Array]) -> jax.Array:

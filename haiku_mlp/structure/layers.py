@@ -65,8 +65,8 @@ def map_samples(
       num_axes: Number of axes of ``batch``.
       entries: Entries of the largest array that the function computes on the way.
     """
-    sharding = jax.typeof(samples[0]).sharding
-    if AxisType.Explicit in sharding.mesh.axis_types:
+    mesh = jax.typeof(samples[0]).sharding.mesh
+    if AxisType.Explicit in mesh.axis_types:
         over_devices = functools.partial(_map_shards, function, layers, num_axes, entries)
         return jax.jit(over_devices)(*samples)
     batch = samples[0].shape[:num_axes]
@@ -75,7 +75,8 @@ def map_samples(
     of_one = functools.partial(function, layers)
     is_known = isinstance(num_samples * entries, int)  # jax.export has symbolic sizes
     block = max(1, _BLOCK_ENTRIES // max(1, entries)) if is_known else 1
-    if jax.default_backend() != "cpu" or not is_known or num_samples <= block:
+    is_spread = AxisType.Auto in mesh.axis_types and mesh.size > 1  # a loop would gather them
+    if jax.default_backend() != "cpu" or is_spread or not is_known or num_samples <= block:
         results = jax.vmap(of_one)(*flat)
     else:
         results = jax.lax.map(lambda sample: of_one(*sample), flat, batch_size=block)

@@ -13,6 +13,7 @@ from scripts import worker
 
 import compat
 import haiku_mlp
+from haiku_mlp.structure import layers
 
 P = PartitionSpec
 KEY = jax.random.key(0)
@@ -112,6 +113,34 @@ def test_tangent_kernel_over_samples(dtype):
     assert {shard.data.shape for shard in sharded.addressable_shards} == {(2, 8)}
 
     np.testing.assert_array_equal(sharded, whole)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit, AxisType.Manual])
+@pytest.mark.parametrize("method", ["connected", "laplacian"])
+def test_structured_methods_over_samples(method, kind, monkeypatch):
+    """On a mesh, or inside ``shard_map``, with more samples on a device than one block."""
+    monkeypatch.setattr(layers, "_BLOCK_ENTRIES", 64)
+    model = compat.MLP(hidden_dims=(8,), hidden_activations=jnp.tanh)
+    variables = model.init(KEY, X)
+    is_manual = kind == AxisType.Manual
+    mesh = worker.make_mesh(4, 1, AxisType.Auto if is_manual else kind)
+    arguments = (jnp.arange(4)[:, None], -X[..., None]) if method == "connected" else ()
+
+    def call(variables, x, *arguments):
+        return model.apply(variables, x, *arguments, method=method)
+
+    over_samples = (P("data"), P(), P("data"))[: 1 + len(arguments)]
+    specs = {"in_specs": (P(), *over_samples), "out_specs": P("data")}
+    function = jax.shard_map(call, mesh=mesh, **specs) if is_manual else call
+    placed = jax.device_put(
+        (variables, X, *arguments),
+        tuple(NamedSharding(mesh, spec) for spec in (P(), *over_samples)),
+    )
+    found = jax.jit(function)(*placed)
+    expected = jax.jit(call)(variables, X, *arguments)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.sharding.spec[0] == "data"
+        np.testing.assert_allclose(a, b, rtol=0, atol=ROUNDING)
 
 
 def boxed_mlp():
