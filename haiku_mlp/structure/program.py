@@ -126,7 +126,10 @@ class Evaluation(Survey):
 
     def _computed(self, equation: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
         primitive = equation.primitive
-        outputs = primitive.bind(*values, **primitive.get_bind_params(equation.params))
+        bound = primitive.get_bind_params(equation.params)
+        # Until JAX 0.7 the functions among the parameters come apart from the others.
+        functions, params = bound if isinstance(bound, tuple) else ((), bound)
+        outputs = primitive.bind(*functions, *values, **params)
         return outputs if primitive.multiple_results else [outputs]
 
     def _shown(self, product: Product, h: jax.Array | None, z: jax.Array) -> jax.Array:
