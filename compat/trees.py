@@ -73,7 +73,7 @@ def to_flax(
         raise ValueError(f"no module {root!r} among {modules}: give one of them, or above, as root")
     if netket is None:
         netket = root is None and _is_mlp(trees)
-    names = Names(root=root or "mlp", netket=True) if netket else Names(root=root)
+    names = _names(root, netket)
     variables = {name: unflatten(names, name, tree) for name, tree in trees.items()}
     for collection, tree in trees.items():
         back = flatten(names, collection, variables[collection])
@@ -122,7 +122,7 @@ def to_haiku(
     trees = {collection: variables.get(collection, {}) for collection in ("params", "state")}
     if netket is None:
         netket = _has_netket_names(trees["params"], root)
-    names = Names(root=root or "mlp", netket=True) if netket else Names(root=root)
+    names = _names(root, netket)
     for collection, tree in trees.items():
         for key, value in tree.items():
             if names.root is None and not isinstance(value, Mapping):
@@ -135,6 +135,10 @@ def to_haiku(
             raise ValueError(f"unknown key {key!r} in {collection!r}: compat names nothing so")
     params, state = (flatten(names, collection, tree) for collection, tree in trees.items())
     return params, state
+
+
+def _names(root: str | None, netket: bool) -> Names:
+    return Names(root=root or "mlp", netket=True) if netket else Names(root=root)
 
 
 def _is_in(root: str, module: str) -> bool:
