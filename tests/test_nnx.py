@@ -686,7 +686,6 @@ def test_orbax(tmp_path):
 @pytest.mark.parametrize(
     ("method", "args"),
     [
-        ("tangent_kernel", (X,)),
         ("laplacian", (X,)),
         ("connected", (X, np.zeros((5, 2, 1), int), np.ones((5, 2, 1)))),
     ],
@@ -703,6 +702,14 @@ def test_methods_of_the_mlp(method, args):
         return linen.apply(variables, *args, method=method)
 
     assert lowered_text(ours, values) == lowered_text(linens, values)
+
+
+def test_tangent_kernel():
+    model = make_mlp()
+    linen = compat.MLP((4,), use_output_bias=True)
+    variables = compat_nnx.get_variables(model)
+    expected = linen.apply(variables, X, method="tangent_kernel")
+    assert_close(model.tangent_kernel(X), expected, 1e-12)
 
 
 def test_tangent_kernel_of_any_model():

@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import haiku as hk
@@ -88,9 +88,9 @@ class Run:
         try:
             output, state = _transformed.apply(*self.load().values(), key, body)
         except ValueError as error:
-            self._check_replaced()
             # A parameter that is missing makes its initializer draw, which misses a key then.
             if str(error).startswith("Unable to retrieve parameter"):
+                self._check_replaced(self._layout.modules)
                 error.add_note(
                     f"It is not in {'.'.join(self._node._path) or 'the model'}: give an example "
                     "that makes it; or, if it is of another submodule, call the model."
@@ -101,7 +101,7 @@ class Run:
                     "(is_training=True), or give rngs=nnx.Rngs(...) to the call."
                 )
             raise
-        self._check_replaced()
+        self._check_replaced(self.calls.classes.keys() - self._sent)
         self._keep(state)
         return output
 
@@ -161,9 +161,9 @@ class Run:
         is_there = isinstance(node, StandIn) and node._path == path
         return is_there and node._source == self._node._source
 
-    def _check_replaced(self) -> None:
-        """Raises for a replaced submodule that the Haiku code called unseen."""
-        for name in sorted(self.calls.classes.keys() - self._sent):
+    def _check_replaced(self, names: Iterable[str]) -> None:
+        """Raises for a submodule that has been replaced, among those that are named."""
+        for name in sorted(names):
             path, node = self._stand_in(name)
             if node is not None and not self._is_own(node, path):
                 raise ValueError(
