@@ -71,7 +71,8 @@ def lines(names: list[str]) -> Iterator[str]:
     """Yields the table, line by line."""
     packages = ("jax", "dm-haiku", "flax", "netket", "equinox", "folx")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    yield f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    cores, device = len(os.sched_getaffinity(0)), jax.devices()[0].device_kind
+    yield f"{platform.machine()}, {cores} cores, {device}, Python {platform.python_version()}"
     yield versions
     for name in names:
         title, rows = GROUPS[name]
