@@ -22,6 +22,7 @@ from tables.haiku_modules import MODULES
 import compat
 import haiku_mlp
 from compat import nnx as compat_nnx
+from compat.netket import MinSR
 
 X = np.random.default_rng(0).normal(size=(5, 3))
 KEY = jax.random.key(0)
@@ -732,7 +733,8 @@ def test_tangent_kernel_of_any_model():
 # NetKet.
 
 
-def test_netket():
+@pytest.mark.parametrize("driver", [nk.driver.VMC_SR, MinSR])
+def test_netket(driver):
     hilbert = nk.hilbert.Spin(0.5, 4)
     hamiltonian = nk.operator.Ising(hilbert, nk.graph.Chain(4), h=1.0)
     sampler = nk.sampler.MetropolisLocal(hilbert, n_chains=4)
@@ -746,11 +748,9 @@ def test_netket():
         seed=1,
     )
     with jax.numpy_rank_promotion("allow"):  # NetKet's operators promote
-        for vstate in (state, linen):
-            driver = nk.driver.VMC_SR(
-                hamiltonian, optax.sgd(0.1), diag_shift=1e-3, variational_state=vstate
-            )
-            driver.run(2, show_progress=False, out=None)
+        for vstate, make in ((state, driver), (linen, nk.driver.VMC_SR)):
+            steps = make(hamiltonian, optax.sgd(0.1), diag_shift=1e-3, variational_state=vstate)
+            steps.run(2, show_progress=False, out=None)
     ours, theirs = (jax.tree.leaves(vstate.parameters) for vstate in (state, linen))
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-8)
