@@ -58,13 +58,20 @@ def test_marshalls_rotation_keeps_the_energy():
 def test_a_short_run_finds_the_exact_energy(make, outputs):
     graph, hamiltonian = make()
     recipe = varbench.Recipe(
-        features=4, outputs=outputs, chains=256, samples=(256, 256), shift=(1e-2, 1e-4), stages=4
+        features=4,
+        outputs=outputs,
+        chains=256,
+        samples=(256, 256),
+        rate=(0.02, 0.01),
+        shift=(1e-1, 1e-2),
+        stages=3,
     )
-    state = varbench.state_of(graph, hamiltonian, recipe, 1)
     blocks = itertools.count()
-    varbench.train(state, hamiltonian, recipe, lambda: next(blocks) / 40)
-    energy, error, _, samples = varbench.estimate(state, hamiltonian, 2.0)
-    (exact,) = nk.exact.lanczos_ed(hamiltonian)
+    with jax.numpy_rank_promotion("allow"):  # NetKet's Ising promotes
+        state = varbench.state_of(graph, hamiltonian, recipe, 1)
+        varbench.train(state, hamiltonian, recipe, lambda: next(blocks) / 30)
+        energy, error, _, samples = varbench.estimate(state, hamiltonian, 2.0)
+        (exact,) = nk.exact.lanczos_ed(hamiltonian)
     assert samples >= 512
     assert error < 0.005 * abs(exact)
     assert -4 * error < energy - exact < 0.02 * abs(exact)
