@@ -185,6 +185,10 @@ def test_names_of_axes(with_partitioning):
     specs = nnx.get_partition_spec(nnx.state(model))
     assert tuple(jax.tree.leaves(specs["block"]["linear_0"]["kernel"])[0]) == (None, "S")
     assert (model.block.linear_0.kernel[...] == 1).all()
+    boxed = nn.with_partitioning(jax.nn.initializers.zeros, (None, "S"))
+    linen = compat.MLP((4,), use_output_bias=True, kernel_init=boxed)
+    compat_nnx.set_variables(model, linen.init(KEY, X))
+    assert (model.block.linear_0.kernel[...] == 0).all()
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
