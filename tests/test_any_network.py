@@ -418,6 +418,31 @@ def test_wrong_outputs(function, error, message):
         haiku_mlp.tangent_kernel(function, jnp.ones(6), X)
 
 
+def test_symbolic_batch():
+    apply, variables = linen("shared")
+    kernel = functools.partial(compat.tangent_kernel, apply)
+    (size,) = jax.export.symbolic_shape("size")
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), variables)
+    inputs = jax.ShapeDtypeStruct((size, 6), float)
+    exported = jax.export.export(jax.jit(kernel))(shapes, inputs)
+    assert_close(exported.call(variables, X), jax.jit(kernel)(variables, X), 1e-13)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("jax_numpy_dtype_promotion", "strict"), ("jax_debug_nans", True)]
+)
+def test_flags(flag, value):
+    apply, variables = linen("shared")
+    kernel = jax.jit(functools.partial(compat.tangent_kernel, apply))
+    expected = kernel(variables, X)
+    before = getattr(jax.config, flag)
+    try:
+        jax.config.update(flag, value)
+        assert_close(kernel(variables, X), expected, 0)
+    finally:
+        jax.config.update(flag, before)
+
+
 @pytest.mark.usefixtures("check_leaks")
 def test_leaks_no_tracer():
     apply, variables = linen("attention")

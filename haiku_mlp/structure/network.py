@@ -64,10 +64,11 @@ class Network:
     """
 
     def __init__(self, function: Callable[[Any, Any], jax.Array], params: Any, x: Any):
-        one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), x)
+        self._like = jax.tree.leaves(x)[0]
+        one = jax.tree.map(lambda a: self._zeros((1, *a.shape[1:]), a.dtype), x)
         self._program, output = jax.make_jaxpr(function, return_shape=True)(params, one)
         self.output = _of_one_sample(output)
-        self.leaves: list[jax.Array] = list(map(jnp.asarray, jax.tree.leaves(params)))
+        self.leaves: list[jax.Array] = jax.tree.leaves(params)
         survey = Survey()
         values = [variable.aval for variable in self._program.jaxpr.invars]
         self._walk(survey, values[: len(self.leaves)], values[len(self.leaves) :])
@@ -85,12 +86,20 @@ class Network:
             return _real_parts(output), evaluation.inputs
 
         products = {n: product for part in parts for n, product in part.products.items()}
-        zeros = {n: jnp.zeros(product.shape, product.dtype) for n, product in products.items()}
+        zeros = {n: self._zeros(product.shape, product.dtype) for n, product in products.items()}
         leaves = {part.leaf: self.leaves[part.leaf] for part in parts if not part.products}
         real, pull, h = jax.vjp(outputs, zeros, leaves, has_aux=True)
-        d, jacobians = jax.vmap(pull)(jnp.eye(len(real), dtype=real.dtype))
+        num_outputs = real.shape[0]
+        every_output = jnp.eye(num_outputs, dtype=real.dtype) + self._zeros(
+            (num_outputs, num_outputs), real.dtype
+        )
+        d, jacobians = jax.vmap(pull)(every_output)
         factors = {part.leaf: self._factors(part, h, d) for part in parts if part.products}
         return Derivatives(real, factors, jax.tree.map(_real_rows, jacobians))
+
+    def _zeros(self, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        """Returns zeros that in ``jax.shard_map`` are each device's own, as the inputs are."""
+        return jax.lax.full_like(self._like, 0, dtype, shape)
 
     def _walk(self, survey: Survey, leaves: Sequence[Any], inputs: Sequence[Any]) -> Any:
         marked = [

@@ -1,11 +1,13 @@
 """The tangent kernel of any network, without a Jacobian where products do without."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from haiku_mlp.structure.network import Derivatives, Factors, Network, Part
 
@@ -18,11 +20,92 @@ def tangent_kernel(
     *,
     chunk_size: int | None = None,
 ) -> jax.Array:
-    r"""DOC"""
+    r"""Gram matrix of the derivatives of a network's outputs by its parameters.
+
+    .. math:: K_{ij} = \sum_p \frac{\partial f(x_i)}{\partial p}
+              \overline{\frac{\partial f(x_j)}{\partial p}}
+
+    It is exact for every network.  Where all that a network does with a parameter is to
+    multiply something by it, ``z_t = h_t @ w`` at positions ``t``, the derivative is never
+    formed, since
+
+    .. math:: \frac{\partial f}{\partial w_{mn}} = \sum_t h_{tm} \delta_{tn}, \quad
+              \delta_{tn} = \frac{\partial f}{\partial z_{tn}}
+
+    gives the parameter's part of the kernel from products of layer inputs and of signals,
+    which one backward pass gives:
+
+    .. math:: \sum_{ts} (h_t(x_i) \cdot \bar h_s(x_j)) \;
+              (\delta_t(x_i) \cdot \bar\delta_s(x_j))
+
+    For ``T`` positions this takes ``T**2 (inputs + outputs)`` multiply-adds for each entry
+    of the kernel, half of them by symmetry, where the derivatives take
+    ``inputs * outputs``.  Each parameter goes the cheaper way: :func:`kernel_plan` shows
+    which.
+
+    The products are found in the program that JAX traces, so it does not matter of which
+    class of which library a layer is: there is no list of layers to extend.  Parameters of
+    convolutions, lookups, loops (``scan``) and custom derivatives, and those that are
+    changed first (masked, normalised), go by their derivatives.  (Empirical neural tangent
+    kernel: Jacot et al. 2018, arXiv:1806.07572; structured derivatives: Novak et al. 2022,
+    arXiv:2206.08720.)
+
+    Each sample is evaluated alone, as a batch of one: a network that mixes its samples
+    (batch normalisation in training) has no other derivatives of one sample.  State and
+    random keys are what ``function`` closes over.
+
+    Complex numbers.  If the network is holomorphic in its complex parameters, the
+    derivatives are complex derivatives.  In general:
+
+    - Real output: the sum runs over the real and the imaginary parts of the parameters.
+    - Complex output, real parameters: the derivatives are complex, the sum is as above.
+    - Complex output, complex parameters: with
+      :math:`\partial_p` and :math:`\partial_{\bar p}` the derivatives of Wirtinger,
+
+      .. math:: K_{ij} = \sum_p \partial_p f(x_i) \overline{\partial_p f(x_j)}
+                + \partial_{\bar p} f(x_i) \overline{\partial_{\bar p} f(x_j)}
+
+      whose second term is zero for a holomorphic network.  For another one ``K`` is
+      half the sum over real and imaginary parts, and does not hold all that a
+      natural-gradient step needs: take the real and the imaginary part as two outputs.
+
+    Args:
+      function: From parameters and inputs to ``(B,)`` or ``(B, O)``, a pure function:
+        ``apply`` of :func:`haiku.without_apply_rng`, for instance.
+      params: The parameters, a tree.  One that ``function`` does not use adds nothing.
+      x: Inputs ``(B, ...)``, or a tree of them.
+      y: Other inputs ``(B', ...)`` for the columns; None: ``x``.
+      chunk_size: Rows of the kernel, and samples whose derivatives are formed, at a time;
+        None: all.
+
+    Returns:
+      ``(B, B')``; for ``O`` outputs ``(B, B', O, O)``.
+
+    Raises:
+      TypeError: ``function`` returns anything but an array of real or complex numbers.
+      ValueError: The array is not ``(B,)`` or ``(B, O)``, or ``chunk_size`` is not positive.
+
+    Example::
+
+      >>> import haiku as hk, jax, jax.numpy as jnp
+      >>> import haiku_mlp
+      >>> def attention(x):
+      ...     h = hk.MultiHeadAttention(2, 4, w_init=hk.initializers.VarianceScaling())(x, x, x)
+      ...     return hk.Linear(1)(h.mean(axis=1))[:, 0]
+      >>> net = hk.without_apply_rng(hk.transform(attention))
+      >>> x = jax.random.normal(jax.random.key(1), (6, 3, 5))
+      >>> params = net.init(jax.random.key(0), x)
+      >>> haiku_mlp.tangent_kernel(net.apply, params, x).shape
+      (6, 6)
+    """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be positive or None, got {chunk_size!r}")
-    if 0 in (len(leaf) for leaf in jax.tree.leaves((x, y))):
+    params, x, y = jax.tree.map(jnp.asarray, (params, x, y))
+    if AxisType.Explicit in _sharding(x).mesh.axis_types:
+        return _on_each_device(function, params, x, y, chunk_size)
+    if any(leaf.shape[0] == 0 for leaf in jax.tree.leaves((x, y))):
         chunk_size = None  # lax.map takes no empty batch
+    params, x, y = _own((params, x, y))
     network = Network(function, params, x)
     kernel = jnp.moveaxis(_real_kernel(network, x, y, chunk_size), -1, 1)
     if jnp.iscomplexobj(network.output):
@@ -31,6 +114,40 @@ def tangent_kernel(
         ba, bb = jnp.split(imag_rows, 2, 3)
         kernel = jax.lax.complex(aa + bb, ba - ab)
     return kernel.reshape(kernel.shape[:2] + network.output.shape * 2)
+
+
+def _sharding(x: Any) -> NamedSharding:
+    return jax.typeof(jax.tree.leaves(x)[0]).sharding
+
+
+def _on_each_device(
+    function: Callable[[Any, Any], jax.Array], params: Any, x: Any, y: Any, chunk_size: int | None
+) -> jax.Array:
+    """Returns the kernel where each device has its own rows.
+
+    On an Explicit mesh JAX asks where the result of each product goes.
+    """
+    mesh, rows = _sharding(x).mesh, PartitionSpec(_sharding(x).spec[0])
+
+    def own_rows(params: Any, x: Any, y: Any) -> jax.Array:
+        return tangent_kernel(function, params, x, y, chunk_size=chunk_size)
+
+    specs = PartitionSpec(), rows, PartitionSpec()
+    places = tuple(NamedSharding(mesh, spec) for spec in specs)
+    placed = jax.sharding.reshard((params, x, x if y is None else y), places)
+    return jax.jit(jax.shard_map(own_rows, mesh=mesh, in_specs=specs, out_specs=rows))(*placed)
+
+
+def _own(tree: Any) -> Any:
+    """Returns the arrays as each device's own in ``jax.shard_map``, if one of them is.
+
+    The derivative by an array that all devices share is the sum over the devices.
+    """
+    zeros = [jax.lax.full_like(leaf, 0, bool, ()) for leaf in jax.tree.leaves(tree)]
+    zero = functools.reduce(jnp.logical_or, zeros)
+    return jax.tree.map(
+        lambda leaf: jnp.where(jnp.broadcast_to(zero, leaf.shape), leaf, leaf), tree
+    )
 
 
 def _real_kernel(network: Network, x: Any, y: Any, chunk_size: int | None) -> jax.Array:
@@ -136,13 +253,13 @@ def _gram(part: Part, row: Factors, columns: Factors, half: bool) -> jax.Array:
         inputs = _inner(h[t], hs[s], part.precision)
         return (jnp.reshape(inputs, (1, 1, -1)) * signals).real
 
-    if len(d) == 1:
+    if d.shape[0] == 1:
         return term(0, 0)
-    every = np.arange(len(d))
+    every = np.arange(d.shape[0])
     diagonal = _sum(term, every, every)
     if half:
-        return diagonal / 2 + _sum(term, *np.triu_indices(len(d), 1))
-    return diagonal + _sum(term, *np.nonzero(~np.eye(len(d), dtype=bool)))
+        return diagonal / 2 + _sum(term, *np.triu_indices(d.shape[0], 1))
+    return diagonal + _sum(term, *np.nonzero(~np.eye(d.shape[0], dtype=bool)))
 
 
 def _sum(term: Callable[..., jax.Array], ts: np.ndarray, ss: np.ndarray) -> jax.Array:

@@ -143,6 +143,36 @@ def test_structured_methods_over_samples(method, kind, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=0, atol=ROUNDING)
 
 
+class Positions(nn.Module):
+    """Layers at several positions, by both routes, and a parameter of no layer."""
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.LayerNorm(param_dtype=float)(nn.Dense(16, param_dtype=float)(x[..., None]))
+        h = nn.Dense(16, param_dtype=float)(jnp.tanh(h))
+        return jnp.sum(h, (-2, -1)) * self.param("scale", nn.initializers.ones, (), float)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_tangent_kernel_of_a_network(kind, chunk_size):
+    model, mesh = Positions(), worker.make_mesh(4, 1, kind)
+    variables = model.init(KEY, X)
+
+    def kernel(variables, x, y=None):
+        return compat.tangent_kernel(model.apply, variables, x, y, chunk_size=chunk_size)
+
+    whole = jax.jit(kernel)(variables, X)
+    with jax.set_mesh(mesh):
+        x = jax.device_put(X, NamedSharding(mesh, P("data")))
+        on_mesh = jax.device_put(variables, NamedSharding(mesh, P()))
+        np.testing.assert_allclose(jax.jit(kernel)(on_mesh, x), whole, rtol=ROUNDING)
+        if kind is AxisType.Auto:
+            specs = P(), P("data"), P()
+            shard = jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=P("data"))
+            np.testing.assert_allclose(jax.jit(shard)(variables, x, X), whole, rtol=ROUNDING)
+
+
 def boxed_mlp():
     init = nn.with_partitioning(jax.nn.initializers.lecun_normal(), ("inputs", "hidden"))
     return nn.Sequential([compat.blocks.MLP(8, kernel_init=init), jnp.tanh, nn.Dense(1)])
