@@ -141,6 +141,23 @@ def test_only_what_is_given_is_passed():
     assert [got(wrapped())[0], got(wrapped(config=3))[0]] == ["of gin", 3]
 
 
+def test_a_traced_argument(check_leaks):
+    class Scale(hk.Module):
+        def __init__(self, by):
+            super().__init__()
+            self.by = by
+
+        def __call__(self, x):
+            return self.by["scale"] * x
+
+    def scaled(scale):
+        model = compat.wrap(Scale)({"scale": scale})
+        assert model == model.clone() != compat.wrap(Scale)({"scale": 2.0})
+        return model.apply({}, 3.0)
+
+    assert jax.jit(jax.value_and_grad(scaled))(2.0) == (6.0, 3.0)
+
+
 def test_a_change_among_the_more():
     model = Wrapped(1, 2, a=[1], b=2)
     assert got(model.clone(b=3, c=4)) == (1, (2,), {"a": [1], "b": 3, "c": 4})
