@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import inspect
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import haiku as hk
@@ -23,10 +23,15 @@ _BY_POSITION = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIO
 class Slot:
     """Stands for a Flax module among the arguments."""
 
-    name: str
+    argument: str
+    index: int
+
+    def content(self, modules: Mapping[str, Sequence[Any]]) -> Any:
+        """Returns the module."""
+        return modules[self.argument][self.index]
 
     def __repr__(self) -> str:
-        return f"flax_modules[{self.name!r}]"
+        return f"flax_modules[{self.argument!r}][{self.index}]"
 
 
 class Given:

@@ -17,6 +17,9 @@ from .mirror.calls import public_methods
 from .mirror.names import Names
 from .mirror.rows import Mirrored
 
+Modules = Mapping[str, tuple[nn.Module, ...]]
+NO_MODULES: Modules = FrozenDict()
+
 
 class Wrapped(Mirrored):
     """The base of the classes that ``wrap`` makes."""
@@ -30,7 +33,7 @@ class Wrapped(Mirrored):
 
     haiku_arguments: Given
     # Those of the arguments that are Flax modules: Flax looks for submodules in fields.
-    flax_modules: Mapping[str, nn.Module] = dataclasses.field(default=FrozenDict(), repr=False)
+    flax_modules: Modules = dataclasses.field(default=NO_MODULES, repr=False)
 
     @classmethod
     def __init_subclass__(cls, haiku: type[hk.Module] | None = None, **kwargs: Any) -> None:
@@ -76,7 +79,8 @@ def wrap(hk_cls: type[hk.Module]) -> type[Mirrored]:
     ``parent`` are Flax's; a class that needs a ``name`` gets that of the Flax module, or
     else its own in small letters.  Models are equal if their arguments are, in value, type
     and order.  For an argument that is a Haiku module give a function that makes and calls
-    it, or a Flax module: that is a submodule then, ``flax_modules_`` before its name.
+    it, or a Flax module: that is a submodule then, ``flax_modules_inner_0`` for the
+    argument ``inner``.
 
     The methods are the public methods of ``hk_cls``.  A name that Flax needs for itself
     (``init``, ``apply``, ``copy``, ``path``, ...) gets a ``_`` behind it as an argument, and
@@ -165,7 +169,7 @@ def _init(
     self: Any,
     *args: Any,
     haiku_arguments: Given | None = None,
-    flax_modules: Mapping[str, nn.Module] = FrozenDict(),
+    flax_modules: Modules = NO_MODULES,
     **kwargs: Any,
 ) -> None:
     """Takes the arguments of the Haiku class; or from Flax the fields, and what changes."""
@@ -188,11 +192,9 @@ def _init(
     Wrapped.__init__(self, haiku_arguments, flax_modules, **of_flax)
 
 
-def _given(
-    hk_cls: type[hk.Module], arguments: Mapping[str, Any]
-) -> tuple[Given, Mapping[str, nn.Module]]:
+def _given(hk_cls: type[hk.Module], arguments: Mapping[str, Any]) -> tuple[Given, Modules]:
     """Returns the arguments with slots in place of Flax modules, and the modules."""
-    modules: dict[str, nn.Module] = {}
+    modules: dict[str, list[nn.Module]] = {}
 
     def put(argument: str, value: Any) -> Any:
         if isinstance(value, hk.Module):
@@ -203,17 +205,17 @@ def _given(
             )
         if not isinstance(value, nn.Module):
             return value
-        name = argument if argument not in modules else f"{argument}_{len(modules)}"
-        modules[name] = value
-        return Slot(name)
+        known = modules.setdefault(argument, [])
+        known.append(value)
+        return Slot(argument, len(known) - 1)
 
     slots = {name: copied(value, partial(put, name)) for name, value in arguments.items()}
-    return Given(hk_cls, slots), FrozenDict(modules)
+    return Given(hk_cls, slots), FrozenDict({name: tuple(m) for name, m in modules.items()})
 
 
-def _filling(modules: Mapping[str, nn.Module]) -> Callable[[Any], Any]:
+def _filling(modules: Modules) -> Callable[[Any], Any]:
     """Returns a function that puts the modules in place of their slots."""
-    return lambda value: modules[value.name] if isinstance(value, Slot) else value
+    return lambda value: value.content(modules) if isinstance(value, Slot) else value
 
 
 def _module_name(construct: Callable[[], hk.Module]) -> str:

@@ -442,15 +442,15 @@ SHAPES = {"bias": (3,), "kernel": (3, 3)}
 HAIKU_SHAPES = {"b": (3,), "w": (3, 3)}
 INNER = {
     "a function": ((linear,), {"inner": HAIKU_SHAPES}),
-    "a wrapped module": ((compat.wrap(hk.Linear)(3),), {"flax_modules_inner": HAIKU_SHAPES}),
-    "a Flax module": ((nn.Dense(3),), {"flax_modules_inner": SHAPES}),
+    "a wrapped module": ((compat.wrap(hk.Linear)(3),), {"flax_modules_inner_0": HAIKU_SHAPES}),
+    "a Flax module": ((nn.Dense(3),), {"flax_modules_inner_0": SHAPES}),
     "several": (
         (nn.Dense(3), [linear, nn.Dense(3), nn.Dense(3)]),
         {
             "inner": HAIKU_SHAPES,
-            "flax_modules_inner": SHAPES,
-            "flax_modules_more": SHAPES,
-            "flax_modules_more_2": SHAPES,
+            "flax_modules_inner_0": SHAPES,
+            "flax_modules_more_0": SHAPES,
+            "flax_modules_more_1": SHAPES,
         },
     ),
 }
@@ -464,7 +464,13 @@ def test_modules_as_arguments(args, shapes, lift):
     assert model == model.clone()
     variables = model.init(KEY, X)
     assert jax.tree.map(jnp.shape, variables["params"]) == {"linear": HAIKU_SHAPES, **shapes}
-    order = ["flax_modules_inner", "inner", "flax_modules_more", "flax_modules_more_2", "linear"]
+    order = [
+        "flax_modules_inner_0",
+        "inner",
+        "flax_modules_more_0",
+        "flax_modules_more_1",
+        "linear",
+    ]
     expected = X
     for name in (name for name in order if name in variables["params"]):
         bias, kernel = (np.asarray(leaf) for _, leaf in sorted(variables["params"][name].items()))
