@@ -147,7 +147,9 @@ class MLP(Face, haiku=haiku_mlp.MLP):
         self.in_features = size(in_features, "in_features")
         x = jax.ShapeDtypeStruct((self.in_features,), jnp.float32)
         for name in {"kernel_init", "bias_init"} & kwargs.keys():
-            kwargs[name] = _Boxed(kwargs[name]) if callable(kwargs[name]) else kwargs[name]
+            init = kwargs[name]
+            if callable(init) and not isinstance(init, haiku_mlp.JaxInitializer):
+                kwargs[name] = _Boxed(init)
         self._build(_make(flax_adapter.MLP, args, kwargs), self._function("__call__"), (x,), rngs)
 
 
@@ -156,6 +158,10 @@ class _Boxed:
     """An initializer in whose place Linen can be: NNX's metadata come in a box."""
 
     init: Callable[..., Any]
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.init)  # tells JAX's initializers from Haiku's
 
     def __call__(self, *args: Any) -> Any:
         value = self.init(*args)

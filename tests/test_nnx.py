@@ -141,16 +141,19 @@ def test_initial_values_are_those_of_linen():
     )
 
 
-EACH_FIELD = (
+NAMES = (
     *("two_layers", "alpha", "complex64", "activations", "output_activation"),
     *("no_hidden_bias", "output_bias", "precision", "kernel_init", "bias_init"),
 )
+FIELDS = {
+    **{name: GOOD[name] for name in NAMES},
+    "haiku_init": {"kernel_init": hk.initializers.RandomNormal()},
+    "jax_initializer": {"kernel_init": haiku_mlp.JaxInitializer(jax.nn.initializers.normal())},
+}
 
 
-@pytest.mark.parametrize("name", EACH_FIELD)
-def test_each_field_gives_the_values_of_linen(name):
-    fields = GOOD[name]
-
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+def test_each_field_gives_the_values_of_linen(fields):
     def ours(key):
         model = compat_nnx.MLP(3, **fields, rngs=nnx.Rngs(key))
         return compat_nnx.get_variables(model), model(X)
