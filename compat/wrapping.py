@@ -180,7 +180,8 @@ def _init(
                 raise TypeError(f"{name!r} is Flax's own, give {name + '_'!r}")
         bound = (signature.bind if is_new else signature.bind_partial)(*args, **kwargs)
     except TypeError as error:
-        raise TypeError(f"{error}: the arguments are {type(self).__name__}{signature}") from None
+        arguments = ", ".join(signature.parameters)
+        raise TypeError(f"{error}: {type(self).__name__} takes {arguments}") from None
     of_flax = {n: bound.arguments.pop(n) for n in ("parent", "name") if n in bound.arguments}
     if haiku_arguments is None or bound.arguments:
         given = haiku_arguments.arguments(_filling(flax_modules)) if haiku_arguments else {}
