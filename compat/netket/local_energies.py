@@ -6,6 +6,7 @@ whose model is a :class:`compat.MLP`: the same values, from
 :func:`haiku_mlp.structure.at_configurations`.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -96,7 +97,7 @@ def _local_values(
     return _values(model, options.get("chunk_size"), variables, samples, connected)
 
 
-@jax.jit(static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1))  # JAX 0.7 has no jax.jit(static_argnums=...)
 def _values(
     model: MLP, chunk_size: int | None, variables: Any, samples: jax.Array, connected: Any
 ) -> jax.Array:
