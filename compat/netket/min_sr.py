@@ -10,7 +10,10 @@ import netket as nk
 from netket.utils import struct
 
 import haiku_mlp
+from haiku_mlp.structure import Linearized, forward
 
+from ..flax_adapter import MLP
+from .layers import layers
 from .local_energies import local_energies
 
 Schedule = float | jax.Array | Callable[[int], Any]
@@ -77,6 +80,7 @@ def natural_gradient(
     energies = local_energies(state, hamiltonian)
     step = _step(
         _log_psi(state),
+        state.model if type(state.model) is MLP else None,
         state.parameters,
         state.model_state,
         state.samples.reshape(-1, state.hilbert.size),
@@ -212,9 +216,10 @@ def _outputs(values: jax.Array, mode: str) -> jax.Array:
     return values if mode == "holomorphic" else values.real
 
 
-@functools.partial(jax.jit, static_argnames=("log_psi", "mode", "chunk_size"))
+@functools.partial(jax.jit, static_argnames=("log_psi", "mlp", "mode", "chunk_size"))
 def _step(
     log_psi: Callable[[Any, jax.Array], jax.Array],
+    mlp: MLP | None,
     params: Any,
     model_state: Any,
     samples: jax.Array,
@@ -229,16 +234,39 @@ def _step(
     def outputs(params: Any, samples: jax.Array) -> jax.Array:
         return _outputs(log_psi({**model_state, "params": params}, samples), mode)
 
-    chunked = nk.jax.apply_chunked(outputs, in_axes=(None, 0), chunk_size=chunk_size)
+    def network(params: Any) -> Any:
+        return None if mlp is None else layers(mlp, {**model_state, "params": params})
+
+    function: Callable[[Any], jax.Array]
+    if chunk_size is None and _is_linearized(network(params), samples, mode):
+        linearized = Linearized(network(params), samples)
+        function, kernel = (lambda params: linearized(network(params))), linearized.kernel()
+    else:
+        chunked = nk.jax.apply_chunked(outputs, in_axes=(None, 0), chunk_size=chunk_size)
+        function = functools.partial(_of_samples, chunked, samples)
+        kernel = haiku_mlp.tangent_kernel(outputs, params, samples, chunk_size=chunk_size)
     return haiku_mlp.natural_gradient(
-        lambda params: chunked(params, samples),
+        function,
         params,
-        haiku_mlp.tangent_kernel(outputs, params, samples, chunk_size=chunk_size),
+        kernel,
         _outputs(2 * local_energies, mode),
         diag_shift,
         momentum=momentum,
         previous=previous,
     )
+
+
+def _of_samples(outputs: Callable, samples: jax.Array, params: Any) -> jax.Array:
+    return outputs(params, samples)
+
+
+def _is_linearized(network: Any, samples: jax.Array, mode: str) -> bool:
+    """Returns whether the derivatives are products of two real factors, on one device."""
+    if network is None or mode != "real" or jax.device_count() > 1:
+        return False
+    outputs = jax.eval_shape(lambda x: forward(network, x), samples)
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves((network, outputs)) if hasattr(leaf, "dtype")}
+    return len(dtypes) == 1 and jnp.issubdtype(dtypes.pop(), jnp.floating)
 
 
 def _check_state(state: Any, hamiltonian: Any) -> None:

@@ -7,6 +7,7 @@ from haiku_mlp.structure.first_layer import Features
 from haiku_mlp.structure.kernel_plan import KernelPlan, kernel_plan
 from haiku_mlp.structure.laplacian import laplacian
 from haiku_mlp.structure.layers import Layer, forward
+from haiku_mlp.structure.linearized import Linearized
 from haiku_mlp.structure.tangent_kernel import tangent_kernel
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Features",
     "KernelPlan",
     "Layer",
+    "Linearized",
     "at_configurations",
     "connected",
     "derivatives",

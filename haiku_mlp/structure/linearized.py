@@ -1,0 +1,81 @@
+"""A multi-layer perceptron as a linear function of its parameters, about their values."""
+
+import functools
+import itertools
+import operator
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from haiku_mlp.linear import promote
+from haiku_mlp.structure.layers import Layer
+
+# A block of rows of a kernel is worth its overhead from this number on.
+_BLOCK_ROWS, _MAX_BLOCKS = 256, 8
+
+
+class Linearized:
+    """The derivatives of a real network with one output, each a product of two factors.
+
+    By the weights of a layer they are ``inputs^T signals``, by its bias ``signals``, where the
+    signals are the derivatives by ``z = inputs @ w + b``.  One forward and one backward pass
+    give all that a step of stochastic reconfiguration needs.
+
+    Args:
+      layers: The layers.
+      x: Inputs ``(B, N)``.
+
+    Example::
+
+      >>> import jax.numpy as jnp
+      >>> from haiku_mlp.structure import Layer, Linearized
+      >>> linear = Layer(w=jnp.ones((3, 1)), b=jnp.zeros(1))
+      >>> at = Linearized((linear,), jnp.array([[1., 0., 0.], [0., 2., 0.]]))
+      >>> at.kernel().tolist(), at((linear,)).tolist()
+      ([[2.0, 1.0], [1.0, 5.0]], [1.0, 2.0])
+    """
+
+    def __init__(self, layers: Sequence[Layer], x: jax.Array):
+        self.layers = layers
+        self.inputs: list[jax.Array] = []
+        pulls = []
+        for layer in layers:
+            x, *_ = promote(x, layer.w, None)
+            self.inputs.append(x)
+            x, pull = jax.vjp(layer.activate, layer.affine(x))
+            pulls.append(pull)
+        self.signals: list[jax.Array] = []
+        slope = jnp.ones_like(x)
+        for layer, pull in zip(reversed(layers), reversed(pulls), strict=True):
+            (signal,) = pull(slope)
+            self.signals.insert(0, signal)
+            slope = jnp.matmul(signal, layer.w.T, precision=layer.precision)
+
+    def __call__(self, layers: Sequence[Layer]) -> jax.Array:
+        """Returns the derivatives times other parameters, those of ``layers``: ``(B,)``."""
+        terms = [
+            jnp.sum(signal * layer.affine(h), -1)
+            for layer, h, signal in zip(layers, self.inputs, self.signals, strict=True)
+        ]
+        return functools.reduce(operator.add, terms)
+
+    def kernel(self) -> jax.Array:
+        """Returns the tangent kernel ``(B, B)``: the lower half by blocks, and its transpose."""
+        size = len(self.inputs[0])
+        num_blocks = max(1, min(size // _BLOCK_ROWS, _MAX_BLOCKS))
+        ends = [size * i // num_blocks for i in range(num_blocks + 1)]
+        kernel = jnp.zeros((size, size), self.signals[0].dtype)
+        for start, end in itertools.pairwise(ends):
+            rows = self._rows(slice(start, end), slice(0, end))
+            kernel = kernel.at[start:end, :end].set(rows)
+            kernel = kernel.at[:start, start:end].set(rows[:, :start].T)
+        return kernel
+
+    def _rows(self, rows: slice, columns: slice) -> jax.Array:
+        terms = []
+        for layer, h, signal in zip(self.layers, self.inputs, self.signals, strict=True):
+            inputs = jnp.matmul(h[rows], h[columns].T, precision=layer.precision)
+            signals = jnp.matmul(signal[rows], signal[columns].T, precision=layer.precision)
+            terms.append((inputs if layer.b is None else 1 + inputs) * signals)
+        return functools.reduce(operator.add, terms)

@@ -1,0 +1,63 @@
+"""An MLP as a linear function of its parameters against vjp and the kernel of any network."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from comparison import assert_close
+
+from haiku_mlp.structure import Layer, Linearized, forward, linearized
+
+
+def network(*sizes, with_bias=True):
+    rng = np.random.default_rng(0)
+    shapes = list(itertools.pairwise((*sizes, 1)))
+    return tuple(
+        Layer(
+            jnp.asarray(rng.normal(size=shape) / shape[0] ** 0.5),
+            jnp.linspace(-0.3, 0.4, shape[1]) if with_bias and i % 2 == 0 else None,
+            jnp.tanh if i < 2 else None,
+        )
+        for i, shape in enumerate(shapes)
+    )
+
+
+def weights(layers):
+    return [(layer.w, layer.b) for layer in layers]
+
+
+def with_weights(layers, weights):
+    pairs = zip(layers, weights, strict=True)
+    return tuple(layer._replace(w=w, b=b) for layer, (w, b) in pairs)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 256])
+@pytest.mark.parametrize("sizes", [(4,), (4, 5), (4, 5, 3)])
+def test_kernel_and_derivatives(sizes, rows, monkeypatch):
+    monkeypatch.setattr(linearized, "_BLOCK_ROWS", rows)
+    layers = network(*sizes)
+    x = 2 * jax.random.bernoulli(jax.random.key(0), shape=(10, 4)).astype(jnp.int8) - 1
+
+    def outputs(weights):
+        return forward(with_weights(layers, weights), x)[:, 0]
+
+    @jax.jit
+    def both(values):
+        at, change = Linearized(layers, x), jax.tree.map(jnp.cos, values)
+        jacobian = jnp.concatenate(
+            [leaf.reshape(10, -1) for leaf in jax.tree.leaves(jax.jacrev(outputs)(values))], 1
+        )
+
+        def linear(values):
+            return at(with_weights(layers, values))
+
+        ours = at.kernel(), linear(change), jax.vjp(linear, values)[1](x[:, 0] * 0.5)
+        return ours, (
+            jacobian @ jacobian.T,
+            jax.jvp(outputs, (values,), (change,))[1],
+            jax.vjp(outputs, values)[1](x[:, 0] * 0.5),
+        )
+
+    assert_close(*both(weights(layers)), 1e-13)
