@@ -50,8 +50,8 @@ def to_flax(
       ``{"params": ..., "state": ...}``, nested; without ``state`` if there is none.
 
     Raises:
-      ValueError: The tree is not one of Haiku's, has no module ``root``, or may be that of
-        an MLP or not: then give ``netket``.
+      ValueError: The tree is not one of Haiku's, or may be that of an MLP or not: then give
+        ``netket``.
 
     Example::
 
@@ -68,9 +68,6 @@ def to_flax(
     trees = {"params": params, **({"state": state} if state else {})}
     for collection, tree in trees.items():
         _check_haiku(collection, tree)
-    modules = [module for tree in trees.values() for module in tree]
-    if root is not None and modules and not any(_is_in(root, module) for module in modules):
-        raise ValueError(f"no module {root!r} among {modules}: give one of them, or above, as root")
     if netket is None:
         netket = root is None and _is_mlp(trees)
     names = _names(root, netket)
@@ -141,15 +138,11 @@ def _names(root: str | None, netket: bool) -> Names:
     return Names(root=root or "mlp", netket=True) if netket else Names(root=root)
 
 
-def _is_in(root: str, module: str) -> bool:
-    return module == root or module.startswith(root + "/")
-
-
 def _is_mlp(trees: Mapping[str, Mapping[str, Tree]]) -> bool:
     """Returns whether a tree is that of ``haiku_mlp.MLP``."""
     modules = [(module, values) for tree in trees.values() for module, values in tree.items()]
     layers = [module for module, _ in modules if _LAYER.match(module)]
-    if not layers or not all(_is_in("mlp/block", module) for module, _ in modules):
+    if not layers or not all(f"{module}/".startswith("mlp/block/") for module, _ in modules):
         return False
     if all(_LAYER.match(module) and values.keys() <= {"w", "b"} for module, values in modules):
         return True
