@@ -1,5 +1,6 @@
 """The layers of a multi-layer perceptron, as many outputs wide as wanted."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -113,7 +114,8 @@ class MLP(hk.Module):
         arguments.check_batches(x, y)
         # In a transform of their own the modules that activations make are named afresh.
         net: Any = hk.without_apply_rng(hk.transform(lambda x: self(x)))
-        params = _parameters(self, x)
+        read = _parameters_read(lambda: self(x))
+        params = _tree(read, read.values())
         return structure.tangent_kernel(net.apply, params, x, y, chunk_size=chunk_size)
 
     @hk.name_like("__call__")
@@ -153,20 +155,6 @@ class MLP(hk.Module):
         inputs = x if features is None else jnp.vectorize(features, signature="(n)->(f)")(x)
         layers = _as_structure(self, inputs)
         return structure.laplacian(layers, x, features=features, weights=weights)
-
-
-def _parameters(block: MLP, x: jax.Array) -> dict[str, dict[str, jax.Array]]:
-    """Returns the parameters of a call, those of the activations included."""
-    found: dict[str, dict[str, jax.Array]] = {}
-
-    def note(next_getter: Any, value: jax.Array, context: hk.GetterContext) -> jax.Array:
-        value = next_getter(value)
-        found.setdefault(context.module_name, {})[context.name] = value
-        return value
-
-    with hk.custom_getter(note):
-        block(x)
-    return found
 
 
 def _layers(block: MLP, input_size: int) -> list[tuple[Linear, Activation | None]]:
@@ -213,18 +201,27 @@ def _without_parameters(activation: Activation, z: jax.ShapeDtypeStruct) -> Acti
     name there and here.  From then on it is a transform of its own, whose parameters are
     those of the same order.
     """
-    read = _parameters_read(activation, z)
+    # New functions, since JAX keeps what it traced for one that it knows.
+    read = _parameters_read(lambda: jax.eval_shape(lambda z: activation(z), z))
     if not read:
         return activation
     pure: Any = hk.without_apply_rng(hk.transform(lambda z: activation(z)))
-    names = _parameters_read(lambda z: pure.init(jax.random.key(0), z), z)
-    parameters: dict[str, dict[str, jax.Array]] = {}
-    for (module, name), value in zip(names, read.values(), strict=True):
-        parameters.setdefault(module, {})[name] = value
+    init = functools.partial(jax.eval_shape, lambda z: pure.init(jax.random.key(0), z), z)
+    parameters = _tree(_parameters_read(init), read.values())
     return jax.tree_util.Partial(pure.apply, parameters)  # a tree of its parameters
 
 
-def _parameters_read(function: Callable[[Any], Any], z: Any) -> dict[tuple[str, str], jax.Array]:
+def _tree(
+    names: Iterable[tuple[str, str]], values: Iterable[jax.Array]
+) -> dict[str, dict[str, jax.Array]]:
+    """Returns Haiku's tree of parameters with these modules and names."""
+    tree: dict[str, dict[str, jax.Array]] = {}
+    for (module, name), value in zip(names, values, strict=True):
+        tree.setdefault(module, {})[name] = value
+    return tree
+
+
+def _parameters_read(run: Callable[[], Any]) -> dict[tuple[str, str], jax.Array]:
     """Returns the parameters that a call reads, by module and name, in that order."""
     stored = hk.get_params()
     read: dict[tuple[str, str], jax.Array] = {}
@@ -236,8 +233,7 @@ def _parameters_read(function: Callable[[Any], Any], z: Any) -> dict[tuple[str, 
         return next_getter(value)
 
     with hk.custom_getter(note):
-        # A new function, since JAX keeps what it traced for one that it knows.
-        jax.eval_shape(lambda z: function(z), z)
+        run()
     return read
 
 

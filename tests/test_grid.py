@@ -301,16 +301,22 @@ def test_activations_that_give_no_floats_have_no_slope(activation):
 
 
 @pytest.mark.parametrize("change", ["before", "after"])
-def test_getters_act_once_on_the_parameters_of_activations(change):
+def test_getters_act_once(change):
+    """On the parameters of layers and of activations."""
+
     def double(next_getter, value, context):
         return next_getter(2 * value) if change == "before" else 2 * next_getter(value)
 
     def outputs(x):
         mlp = haiku_mlp.MLP(hidden_dims=(4, 3), hidden_activations=lambda z: Slopes()(z))
         with hk.custom_getter(double):
-            return mlp(x), mlp.connected(x, jnp.zeros((1, 1), int), x[:, :1, None])
+            present = mlp.connected(x, jnp.zeros((1, 1), int), x[:, :1, None])[:, 0]
+            return mlp(x), present, mlp.tangent_kernel(x)
 
     net = hk.without_apply_rng(hk.transform(outputs))
     params = jax.jit(net.init)(jax.random.key(0), FLOATS)
-    by_call, by_connected = jax.jit(net.apply)(params, FLOATS)
-    np.testing.assert_allclose(by_connected[:, 0], by_call, rtol=1e-14)
+    by_call, by_connected, kernel = jax.jit(net.apply)(params, FLOATS)
+    np.testing.assert_allclose(by_connected, by_call, rtol=1e-14)
+    flat, unravel = ravel_pytree(params)
+    rows = jax.jit(jax.jacrev(lambda flat: net.apply(unravel(flat), FLOATS)[0]))(flat)
+    np.testing.assert_allclose(kernel, rows @ rows.T, rtol=1e-12)
