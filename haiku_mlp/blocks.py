@@ -111,12 +111,7 @@ class MLP(hk.Module):
           y: Inputs ``(B', N)``; None: ``x``.
           chunk_size: Rows of the kernel computed at a time; None: all.
         """
-        arguments.check_batches(x, y)
-        # In a transform of their own the modules that activations make are named afresh.
-        net: Any = hk.without_apply_rng(hk.transform(lambda x: self(x)))
-        read = _parameters_read(lambda: self(x))
-        params = _tree(read, read.values())
-        return structure.tangent_kernel(net.apply, params, x, y, chunk_size=chunk_size)
+        return tangent_kernel(self, x, y, chunk_size)
 
     @hk.name_like("__call__")
     def connected(self, x: jax.Array, sites: jax.Array, values: jax.Array) -> jax.Array:
@@ -155,6 +150,21 @@ class MLP(hk.Module):
         inputs = x if features is None else jnp.vectorize(features, signature="(n)->(f)")(x)
         layers = _as_structure(self, inputs)
         return structure.laplacian(layers, x, features=features, weights=weights)
+
+
+def tangent_kernel(
+    module: Callable[[jax.Array], jax.Array],
+    x: jax.Array,
+    y: jax.Array | None,
+    chunk_size: int | None,
+) -> jax.Array:
+    """Returns the tangent kernel of a module that is called with ``(B, N)``."""
+    arguments.check_batches(x, y)
+    # In a transform of their own the modules that activations make are named afresh.
+    net: Any = hk.without_apply_rng(hk.transform(lambda x: module(x)))
+    read = _parameters_read(lambda: module(x))
+    params = _tree(read, read.values())
+    return structure.tangent_kernel(net.apply, params, x, y, chunk_size=chunk_size)
 
 
 def _layers(block: MLP, input_size: int) -> list[tuple[Linear, Activation | None]]:

@@ -137,7 +137,7 @@ class MLP(hk.Module):
           >>> net.apply(params, None, jnp.ones((5, 3))).shape
           (5, 5)
         """
-        return _block(self).tangent_kernel(x, y, chunk_size=chunk_size).squeeze((-2, -1))
+        return blocks.tangent_kernel(self, x, y, chunk_size)
 
     @hk.name_like("__call__")
     def connected(self, x: jax.Array, sites: jax.Array, values: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from haiku_mlp import semidefinite
 
@@ -62,7 +63,7 @@ def min_sr(
     kernel, residuals, damping = map(jnp.asarray, (kernel, residuals, damping))
     _check_shapes(kernel, residuals, damping)
     dtype = _solver_dtype(kernel, residuals)
-    kernel, residuals = kernel.astype(dtype), residuals.astype(dtype)
+    kernel, residuals = (_replicated(a.astype(dtype)) for a in (kernel, residuals))
     damping = damping.astype(kernel.real.dtype)
     is_concrete = not any(isinstance(a, jax.core.Tracer) for a in (kernel, residuals, damping))
     if is_concrete:
@@ -160,7 +161,7 @@ def natural_gradient(
             _, change = jax.jvp(function, (params,), (previous,))
             residuals = residuals - _like(momentum * change, change)
         weights = min_sr(kernel, residuals, damping, centered=centered)
-        (step,) = pull(jnp.conj(weights).astype(outputs.dtype))
+        (step,) = pull(_like(jnp.conj(weights), outputs))
         step = jax.tree.map(jnp.conj, step)
         if previous is None:
             return step
@@ -168,7 +169,20 @@ def natural_gradient(
 
 
 def _like(a: Any, other: Any) -> jax.Array:
-    return jnp.asarray(a, jnp.result_type(other))
+    """Returns ``a`` with the dtype of another array, and where that lies on an Explicit mesh."""
+    sharding, a = jax.typeof(other).sharding, jnp.asarray(a, jnp.result_type(other))
+    return jax.sharding.reshard(a, sharding) if _is_explicit(sharding) else a
+
+
+def _replicated(a: jax.Array) -> jax.Array:
+    """Returns ``a`` whole on each device of an Explicit mesh: no decomposition is spread."""
+    sharding = jax.typeof(a).sharding
+    whole = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.sharding.reshard(a, whole) if _is_explicit(sharding) else a
+
+
+def _is_explicit(sharding: NamedSharding) -> bool:
+    return AxisType.Explicit in sharding.mesh.axis_types
 
 
 def _check_outputs(

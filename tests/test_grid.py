@@ -248,18 +248,8 @@ CIRCUMSTANCES = {
 }
 
 
-KERNELS = ["tangent_kernel", "of any network", "natural_gradient"]
-PENDING = {(q, c) for q in KERNELS for c in ("sharded", "on_an_explicit_mesh", "exported")}
-"""What is not yet so."""
-
-
-def marks(quantity, circumstance):
-    pending = [pytest.mark.xfail(strict=False)] * ((quantity, circumstance) in PENDING)
-    return pending + [pytest.mark.slow] * (circumstance == "debugged")
-
-
 CASES = [
-    pytest.param(q, c, marks=marks(q, c))
+    pytest.param(q, c, marks=[pytest.mark.slow] * (c == "debugged"))
     for q in QUANTITIES
     for c in CIRCUMSTANCES
     if QUANTITIES[q].of_samples or c != "sharded"
