@@ -125,28 +125,30 @@ def natural_gradient(
       ValueError: As for :func:`min_sr`; or the outputs are not shaped as the residuals, or
         complex where the parameters are not, or real where the kernel is not.
 
-    Example::
+    Example (of any network; the step is the gradient that an optax optimiser takes)::
 
-      >>> import haiku as hk, jax, jax.numpy as jnp
+      >>> import haiku as hk, jax, jax.numpy as jnp, optax
       >>> import haiku_mlp
-      >>> def forward_and_kernel():
-      ...     mlp = haiku_mlp.MLP(hidden_dims=(8,))
-      ...     return mlp, (mlp, mlp.tangent_kernel)
-      >>> net = hk.without_apply_rng(hk.multi_transform(forward_and_kernel))
+      >>> def network(x):
+      ...     h = hk.LayerNorm(-1, True, True)(jnp.tanh(hk.Linear(8)(x)))
+      ...     return hk.Linear(1)(h + jnp.tanh(hk.Linear(8)(h)))[:, 0]
+      >>> net = hk.without_apply_rng(hk.transform(network))
       >>> x = jnp.linspace(-1., 1., 20)[:, None]
       >>> params = net.init(jax.random.key(0), x)
-      >>> forward, kernel = net.apply
+      >>> optimiser = optax.sgd(0.5)
+      >>> state = optimiser.init(params)
       >>> @jax.jit
-      ... def update(params, step):
-      ...     residuals = forward(params, x) - jnp.sin(3 * x[:, 0])
+      ... def update(params, state, step):
+      ...     residuals = net.apply(params, x) - jnp.sin(3 * x[:, 0])
+      ...     kernel = haiku_mlp.tangent_kernel(net.apply, params, x)
       ...     step = haiku_mlp.natural_gradient(
-      ...         lambda p: forward(p, x), params, kernel(params, x), residuals, 1e-3,
+      ...         lambda p: net.apply(p, x), params, kernel, residuals, 1e-3,
       ...         centered=False, momentum=0.5, previous=step)
-      ...     params = jax.tree.map(lambda p, d: p - 0.5 * d, params, step)
-      ...     return params, step, jnp.mean(residuals**2)
+      ...     updates, state = optimiser.update(step, state)
+      ...     return optax.apply_updates(params, updates), state, step, jnp.mean(residuals**2)
       >>> step = jax.tree.map(jnp.zeros_like, params)
       >>> for _ in range(30):
-      ...     params, step, loss = update(params, step)
+      ...     params, state, step, loss = update(params, state, step)
       >>> bool(loss < 1e-3)
       True
     """
