@@ -144,6 +144,8 @@ ELEMENTWISE = {
     "checkpoint": jax.checkpoint(jnp.tanh),
     "compiled": jax.jit(jax.nn.gelu),
     "branches": lambda z: jax.lax.cond(SLOPES[0] > 0, jnp.sin, jnp.cos, z),
+    "a loop": lambda z: jax.lax.fori_loop(0, 2, lambda _, z: jnp.sin(z), z),
+    "a scan": lambda z: jax.lax.scan(lambda z, _: (SLOPES * z, jnp.sin(z)), z, length=2)[1][1],
     "vectorized": jnp.vectorize(lambda z: SLOPES * jnp.sin(z), signature="(n)->(n)"),
 }
 MIXING = {
@@ -153,7 +155,7 @@ MIXING = {
     "reversed": lambda z: z[..., ::-1],
     "rolled": lambda z: jnp.roll(z, 1, -1),
     "product": lambda z: z @ jnp.eye(3),
-    "loop": lambda z: jax.lax.fori_loop(0, 2, lambda _, z: jnp.sin(z), z),
+    "a loop that mixes": lambda z: jax.lax.fori_loop(0, 2, lambda _, z: jnp.roll(z, 1, -1), z),
     "a factor for all": lambda z: z * z[..., :1],
     "fewer": lambda z: z[..., :2],
 }
@@ -180,6 +182,16 @@ def test_mixing_that_a_derivative_rule_hides():
     hidden.defjvp(lambda at, along: (hidden(*at), jnp.sum(at[0] ** 2) * along[0]))
     with pytest.raises(ValueError, match="mixes"):
         laplacian(network(4, 3, 1, activation=hidden), inputs(4))
+
+
+def test_owners_of_a_loop_that_ends_by_its_values():
+    def function(x):
+        return jax.lax.while_loop(
+            lambda c: c[0].sum() < 9, lambda c: (2 * c[0], c[1] * c[0]), (x, x)
+        )
+
+    assert owners(lambda x: jnp.stack(function(x)), jnp.ones(2)).tolist() == [[0, 1], [0, 1]]
+    assert owners(lambda x: jax.lax.map(jnp.sin, x), jnp.ones(2)).tolist() == [-2, -2]
 
 
 def test_owners():

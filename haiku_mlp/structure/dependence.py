@@ -39,7 +39,7 @@ def owners(function: Callable[[jax.Array], jax.Array], x: Any) -> np.ndarray:
     Returns:
       Integers like ``function(x)``: a flat index into ``x``, ``NONE`` without derivatives,
       ``SEVERAL`` where they are by more than one or by what cannot be told (sums, products
-      of matrices, loops).
+      of matrices).
 
     Example::
 
@@ -63,7 +63,8 @@ def _follow(program: core.Jaxpr, arguments: Sequence[Owners]) -> list[Owners]:
     known = dict(zip(program.invars, arguments, strict=True))
 
     def read(variable: Any) -> Owners:
-        return None if isinstance(variable, core.Literal) else known.get(variable)
+        found = None if isinstance(variable, core.Literal) else known.get(variable)
+        return None if found is None or (found == NONE).all() else found
 
     for equation in program.eqns:
         operands = [read(variable) for variable in equation.invars]
@@ -83,13 +84,42 @@ def _results(equation: Any, operands: list[Owners]) -> list[Owners]:
         with jax.ensure_compile_time_eval():
             arrays = map(jnp.asarray, map(_filled, operands, shapes_in))
             return [np.asarray(equation.primitive.bind(*arrays, **parameters))]
+    if name in ("scan", "while"):
+        return _loop(equation, operands)
     programs = [program for value in parameters.values() for program in _programs(value)]
     if name == "cond" and operands[0] is None:
         results = zip(*(_follow(program, operands[1:]) for program in programs), strict=True)
         return [_join(each, shape) for each, shape in zip(results, shapes, strict=True)]
-    if len(programs) == 1 and name not in ("scan", "while"):
+    if len(programs) == 1:
         return _follow(programs[0], operands)
     return [np.full(shape, SEVERAL) for shape in shapes]
+
+
+def _loop(equation: Any, operands: list[Owners]) -> list[Owners]:
+    """Returns the owners after any number of turns: those that one more turn leaves as they are."""
+    parameters = equation.params
+    shapes = [variable.aval.shape for variable in equation.outvars]
+    if equation.primitive.name == "scan":
+        (body,), skipped = _programs(parameters["jaxpr"]), 0
+        num_constants, num_carried = parameters["num_consts"], parameters["num_carry"]
+    else:
+        (body,), skipped = _programs(parameters["body_jaxpr"]), parameters["cond_nconsts"]
+        num_constants, num_carried = parameters["body_nconsts"], len(shapes)
+    constants = operands[skipped : skipped + num_constants]
+    start = skipped + num_constants
+    carried = list(map(_filled, operands[start : start + num_carried], shapes))
+    scanned = operands[start + num_carried :]
+    if any(operand is not None for operand in scanned):
+        return [np.full(shape, SEVERAL) for shape in shapes]
+    while True:
+        results = _follow(body, [*constants, *carried, *scanned])
+        pairs = zip(carried, results, shapes, strict=False)
+        joined = [_join((old, new), shape) for old, new, shape in pairs]
+        if all(map(np.array_equal, joined, carried)):
+            break
+        carried = joined
+    stacked = zip(results[num_carried:], shapes[num_carried:], strict=True)
+    return [*carried, *(np.broadcast_to(_filled(a, shape[1:]), shape) for a, shape in stacked)]
 
 
 def _programs(value: Any) -> list[core.Jaxpr]:
@@ -103,7 +133,7 @@ def _filled(found: Owners, shape: tuple[int, ...]) -> np.ndarray:
     return np.full(shape, NONE) if found is None else found
 
 
-def _join(operands: Sequence[Owners], shape: tuple[int, ...]) -> Owners:
+def _join(operands: Sequence[Owners], shape: tuple[int, ...]) -> np.ndarray:
     """Returns the owners of entries that are made of one entry of each operand."""
     joined = np.full(shape, NONE)
     for operand in operands:

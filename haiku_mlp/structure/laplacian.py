@@ -56,8 +56,7 @@ def laplacian(
 
     Raises:
       TypeError: ``x`` is complex.
-      ValueError: An activation mixes entries (softmax, a division by a norm), or loops so
-        that it cannot be told.
+      ValueError: An activation mixes entries (softmax, a division by a norm).
 
     Example::
 
@@ -174,5 +173,5 @@ def _check_elementwise(phi: Activation, z: jax.Array) -> None:
         if found.shape != own.shape or ((found != own) & (found != NONE)).any():
             raise ValueError(
                 "laplacian needs activations that act on each number by itself, got one that "
-                f"mixes entries, or in a loop: {phi!r}"
+                f"mixes entries: {phi!r}"
             )
