@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import compat
-from compat.netket import local_energies
+from compat.netket import local_energies, structured
 
 
 def train(model):
@@ -49,3 +49,16 @@ def test_local_energies(chunk_size):
     np.testing.assert_allclose(ours[0].mean, stock[0].mean, rtol=1e-12)
     for a, b in zip(*map(jax.tree.leaves, (ours[1], stock[1])), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("screened", [False, True])
+def test_structured_sampler(screened):
+    """The chains are NetKet's, and stay where they are."""
+    hilbert = nk.hilbert.Spin(0.5, 6)
+    stock = nk.sampler.MetropolisLocal(hilbert, n_chains=8)
+    model, options = compat.MLP(hidden_dims=(8, 5)), {"n_samples": 64, "seed": 1, "sampler_seed": 2}
+    with jax.numpy_rank_promotion("allow"):
+        expected = nk.vqs.MCState(stock, model, **options).samples
+        samples = nk.vqs.MCState(structured(stock, screened=screened), model, **options).samples
+    assert {shard.data.shape for shard in samples.addressable_shards} == {(2, 8, 6)}
+    np.testing.assert_array_equal(samples, expected)
