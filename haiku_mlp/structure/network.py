@@ -31,7 +31,7 @@ class Factors(NamedTuple):
     d: jax.Array
 
 
-class Derivatives(NamedTuple):
+class ParameterDerivatives(NamedTuple):
     """The ``O`` real outputs at a sample, and their derivatives by number of the parameter.
 
     Attributes:
@@ -75,7 +75,7 @@ class Network:
         num_outputs = math.prod(self.output.shape) * (2 if jnp.iscomplexobj(self.output) else 1)
         self.parts = parts(self.leaves, survey, num_outputs)
 
-    def derivatives(self, sample: Any, parts: Sequence[Part]) -> Derivatives:
+    def derivatives(self, sample: Any, parts: Sequence[Part]) -> ParameterDerivatives:
         """Returns the derivatives at one sample by the parameters of these parts."""
         inputs = [jnp.asarray(a)[None] for a in jax.tree.leaves(sample)]
 
@@ -95,7 +95,7 @@ class Network:
         )
         d, jacobians = jax.vmap(pull)(every_output)
         factors = {part.leaf: self._factors(part, h, d) for part in parts if part.products}
-        return Derivatives(real, factors, jax.tree.map(_real_rows, jacobians))
+        return ParameterDerivatives(real, factors, jax.tree.map(_real_rows, jacobians))
 
     def _zeros(self, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         """Returns zeros that in ``jax.shard_map`` are each device's own, as the inputs are."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from haiku_mlp.structure.network import Derivatives, Factors, Network, Part
+from haiku_mlp.structure.network import Factors, Network, ParameterDerivatives, Part
 
 
 def tangent_kernel(
@@ -170,15 +170,15 @@ def _real_kernel(network: Network, x: Any, y: Any, chunk_size: int | None) -> ja
 
 def _derivatives(
     network: Network, parts: list[Part], samples: Any, chunk_size: int | None
-) -> Derivatives:
+) -> ParameterDerivatives:
     return _map(lambda sample: network.derivatives(sample, parts), samples, chunk_size)
 
 
 def _kernel_of(
     network: Network,
     parts: list[Part],
-    rows: Derivatives,
-    columns: Derivatives,
+    rows: ParameterDerivatives,
+    columns: ParameterDerivatives,
     chunk_size: int | None,
     *,
     half: bool = False,
@@ -214,7 +214,11 @@ def _map(function: Callable[[Any], Any], samples: Any, chunk_size: int | None) -
 
 
 def _product(
-    network: Network, parts: list[Part], row: Derivatives, columns: Derivatives, half: bool = False
+    network: Network,
+    parts: list[Part],
+    row: ParameterDerivatives,
+    columns: ParameterDerivatives,
+    half: bool = False,
 ) -> jax.Array:
     """Returns the sum of products of derivatives, ``(O, O, B')``.
 

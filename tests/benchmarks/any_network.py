@@ -150,7 +150,7 @@ def step_rows(budget: float) -> Iterator[tuple[str, ...]]:
         for a, b in chain.edges()
         for i, j in ((a, b), (b, a))
     ]
-    conserving = nk.operator.ParticleNumberConservingFermioperator2nd
+    conserving = nk.experimental.operator.ParticleNumberConservingFermioperator2nd
     hamiltonian = conserving.from_fermionoperator2nd(functools.reduce(operator.add, hops))
     options: dict[str, Any] = {"diag_shift": 1e-3, "variational_state": state}
     with contextlib.redirect_stdout(io.StringIO()):
