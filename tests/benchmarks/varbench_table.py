@@ -89,6 +89,7 @@ def _cells(*values: float | None) -> str:
 
 def report(found: dict[str, list[dict[str, Any]]]) -> Iterable[str]:
     """Yields the lines of ``varbench.txt``."""
+    yield "python tests/benchmarks/varbench.py, with the options that varbench/*.json has as recipe"
     versions = {json.dumps(one["versions"]) for ours in found.values() for one in ours}
     for text in sorted(versions):
         yield "float64, " + ", ".join(f"{key} {value}" for key, value in json.loads(text).items())
