@@ -253,6 +253,7 @@ def _frozen_but(kinds, kind, constants, params):
 @pytest.mark.parametrize(
     ("name", "y"), [("shared", None), ("backflow", Y), ("scan", Y), ("not_holomorphic", None)]
 )
+@pytest.mark.slow
 def test_chunks(name, y):
     apply, variables = linen(name)
     whole = jax.jit(functools.partial(compat.tangent_kernel, apply))(variables, X, y)
@@ -280,6 +281,7 @@ def haiku_network(x):
     return haiku_mlp.MLP(hidden_dims=(4,))(h)
 
 
+@pytest.mark.slow
 def test_haiku_network():
     net = hk.without_apply_rng(hk.transform(haiku_network))
     params = random_like(net.init(jax.random.key(0), X))
@@ -307,6 +309,7 @@ def test_nnx_network():
     assert routes == {"gram"}
 
 
+@pytest.mark.slow
 def test_parameters_of_activations_count():
     def scaled(z):
         return jnp.tanh(z * hk.get_parameter("slope", (1,), z.dtype, jnp.ones))

@@ -201,6 +201,7 @@ def test_owners():
     assert owners(function, jnp.ones(3)).tolist() == [[0, 1], [1, 2], [-1, -1], [-2, -2]]
 
 
+@pytest.mark.slow
 def test_faces_take_features_and_weights():
     def net(method, *args, **kwargs):
         return getattr(haiku_mlp.MLP(hidden_dims=(3,)), method)(*args, **kwargs)

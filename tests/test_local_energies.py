@@ -128,6 +128,7 @@ def test_operators(name):
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "real"])
+@pytest.mark.slow
 def test_models(name):
     ours, stock = (
         pair(MODELS[name]) if name != "trainable" else 2 * (state_of(compat.MLP(**MODELS[name])),)
@@ -151,6 +152,7 @@ class TestCalls:
         assert_close(gradient, expected_gradient, 1e-12)
         assert_close(ours.expect(ISING).mean, expected.mean, 1e-12)
 
+    @pytest.mark.slow
     def test_variance_and_gradient(self):
         variance = nk.observable.VarianceObservable(ISING)
         (energy, gradient), (expected, expected_gradient) = (

@@ -220,6 +220,7 @@ class TestNaturalGradient:
             expected = expected[: expected.size // 2] + 1j * expected[expected.size // 2 :]
         assert_close(ravel_pytree(step)[0], expected, 1e-10)
 
+    @pytest.mark.slow
     def test_jit(self, check_leaks):
         function, params, kernel, _ = network(hidden_dims=(3,))
         residuals = normal(9)

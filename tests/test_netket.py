@@ -76,6 +76,7 @@ def test_state(name):
     assert_identical(*seen)
 
 
+@pytest.mark.slow
 def test_driver_of_sr():
     seen = []
     for mlp in MODELS:

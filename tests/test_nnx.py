@@ -720,6 +720,7 @@ def test_tangent_kernel():
     assert_close(model.tangent_kernel(X), expected, 1e-12)
 
 
+@pytest.mark.slow
 def test_tangent_kernel_of_any_model():
     model = make_net()
     model.eval()

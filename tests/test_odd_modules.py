@@ -50,7 +50,9 @@ def assert_changes_nothing(interceptor, mutable):
                 assert_close(jax.value_and_grad(call)(variables["params"]), expected, 1e-6)
 
 
-@pytest.mark.parametrize("mutable", [["state"], ["state", "intermediates"]])
+@pytest.mark.parametrize(
+    "mutable", [["state"], pytest.param(["state", "intermediates"], marks=pytest.mark.slow)]
+)
 def test_a_call_made_twice(mutable, check_leaks):
     def interceptor(next_f, args, kwargs, context):
         first = next_f(*args, **kwargs)
@@ -61,7 +63,9 @@ def test_a_call_made_twice(mutable, check_leaks):
     assert_changes_nothing(interceptor, mutable)
 
 
-@pytest.mark.parametrize("mutable", [["state"], ["state", "intermediates"]])
+@pytest.mark.parametrize(
+    "mutable", [["state"], pytest.param(["state", "intermediates"], marks=pytest.mark.slow)]
+)
 def test_another_method_is_called_first(mutable, check_leaks):
     def interceptor(next_f, args, kwargs, context):
         if (type(context.module).__name__, context.method_name) != ("Two", "__call__"):

@@ -79,6 +79,7 @@ assert not jax.config.jax_enable_x64
 """
 
 
+@pytest.mark.slow
 def test_without_x64_there_is_no_warning(run_fresh):
     """``run_fresh`` makes each warning an error."""
     cache = jax.config.jax_compilation_cache_dir

@@ -103,6 +103,7 @@ def test_rules(name, screened):
     ("name", "screened"),
     [*((name, False) for name in MODELS if name != "real"), ("complex", True), ("half", True)],
 )
+@pytest.mark.slow
 def test_models(name, screened):
     sampler = nk.sampler.MetropolisLocal(SPINS, n_chains=4)
     assert_same_chain(sampler, compat.MLP(**MODELS[name]), screened=screened)

@@ -19,7 +19,12 @@ HERE = pathlib.Path(__file__).parent
 @pytest.mark.parametrize(
     ("file", "environment", "number"),
     [
-        ("scripts/four_devices.py", {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, 24),
+        pytest.param(
+            "scripts/four_devices.py",
+            {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+            24,
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "scripts/four_devices_netket.py",
             {"NETKET_EXPERIMENTAL_SHARDING_CPU": "4"},

@@ -71,6 +71,7 @@ RINGS = {
 
 @pytest.mark.parametrize("model", ["real", "not_holomorphic"])
 @pytest.mark.parametrize("operator", RINGS.values(), ids=RINGS)
+@pytest.mark.slow
 def test_local_energies_are_netkets(operator, model):
     hilbert, ring = nk.hilbert.Spin(0.5, 16), nk.graph.Chain(16)
     hamiltonian = operator(hilbert, ring)
@@ -112,6 +113,7 @@ def test_step_equals_that_of_netkets_lazy_kernel():
     assert_same(step, driver.compute_loss_and_update()[1])
 
 
+@pytest.mark.slow
 def test_holomorphic_mode_gives_the_same_step():
     state = state_of(compat.MLP(**MODELS["holomorphic"]))
     _, step = natural_gradient(state, HAMILTONIAN, 1e-3, mode="holomorphic")
@@ -191,6 +193,7 @@ OF_OTHERS_NOW = {"complex RBM", "envelope", "NNX"}
         for name in OF_OTHERS
     ],
 )
+@pytest.mark.slow
 def test_step_of_any_model(name):
     state = state_of(OF_OTHERS[name]())
     _, step = natural_gradient(state, HAMILTONIAN, 1e-2)
@@ -198,6 +201,7 @@ def test_step_of_any_model(name):
     assert_same(step, expected)
 
 
+@pytest.mark.slow
 def test_single_precision_model_with_a_momentum_in_double():
     state = state_of(compat.MLP(hidden_dims=(8,), param_dtype=jnp.float32))
     driver = MinSR(

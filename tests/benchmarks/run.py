@@ -18,7 +18,8 @@ import jax
 
 jax.config.update("jax_enable_x64", True)
 
-import forward  # noqa: E402  (x64 is on from the start)
+import any_network  # noqa: E402  (x64 is on from the start)
+import forward  # noqa: E402
 import iteration  # noqa: E402
 import overhead  # noqa: E402
 import structure  # noqa: E402
@@ -33,9 +34,9 @@ GROUPS: dict[str, tuple[str, Callable[[], Iterator[tuple[str, ...]]]]] = {
         lambda: structure.tangent_kernel_rows(BUDGET),
     ),
     "slopes": ("How the time of the tangent kernel grows", lambda: structure.slope_rows(BUDGET)),
-    "connected": (
-        "Local energies, in units of those by connected",
-        lambda: structure.connected_rows(BUDGET),
+    "networks": (
+        "Tangent kernels of networks of many kinds: NetKet's by its Jacobian in units of ours",
+        lambda: any_network.rows(BUDGET),
     ),
     "laplacian": (
         "Value, gradient and Laplacian, in units of laplacian",
@@ -80,7 +81,7 @@ def lines(names: list[str]) -> Iterator[str]:
         yield title
         yield "-" * len(title)
         for what, who, value in rows():
-            yield f"{what:<75} {who:<32} {value}"
+            yield f"{what:<75}  {who:<32}  {value}"
 
 
 def main(names: list[str]) -> None:

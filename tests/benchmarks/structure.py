@@ -112,42 +112,6 @@ def sr_rows(budget: float) -> Iterator[tuple[str, ...]]:
             yield what, name, str(value)
 
 
-def connected_rows(budget: float) -> Iterator[tuple[str, ...]]:
-    """Yields NetKet's local energies of an Ising chain, in units of those by ``connected``."""
-    for num_spins, hidden_dims in ((64, (64,)), (128, (128,)), (256, (256,)), (128, (128, 128))):
-        hilbert = nk.hilbert.Spin(0.5, num_spins)
-        graph = nk.graph.Chain(num_spins)
-        hamiltonian = nk.operator.Ising(hilbert, graph, h=1.0, J=1.0)
-        sampler = nk.sampler.MetropolisLocal(hilbert, n_chains=64)
-        model = compat.MLP(hidden_dims=hidden_dims)
-        state = nk.vqs.MCState(sampler, model, n_samples=256, n_discard_per_chain=1, seed=0)
-        edges = jnp.asarray(graph.edges())
-        spins = state.samples.reshape(-1, num_spins)
-        sites = jnp.arange(num_spins)[:, None]
-
-        def local_energies(
-            variables: Any, spins: jax.Array, model: Any = model, sites: Any = sites,
-            edges: Any = edges,
-        ) -> jax.Array:  # fmt: skip
-            flipped = model.apply(variables, spins, sites, -spins[..., None], method="connected")
-            present = model.apply(variables, spins)
-            bonds = spins[:, edges[:, 0]] * spins[:, edges[:, 1]]
-            return jnp.sum(bonds, 1) - jnp.sum(jnp.exp(flipped - present[:, None]), 1)
-
-        energies = jax.jit(local_energies)
-        calls = {
-            "connected": lambda f=energies, state=state, spins=spins: f(state.variables, spins),
-            "MCState.local_estimators": lambda state=state, h=hamiltonian: state.local_estimators(
-                h
-            ).reshape(-1),
-        }
-        ours, theirs = (call() for call in calls.values())
-        np.testing.assert_allclose(ours, theirs, rtol=1e-10)
-        layers = " x ".join(map(str, hidden_dims))
-        what = f"Ising chain of {num_spins} spins, hidden {layers}, 256 samples"
-        yield what, *_one(ratios(calls, "connected", budget=budget))
-
-
 def laplacian_rows(budget: float) -> Iterator[tuple[str, ...]]:
     """Yields other ways to value, gradient and Laplacian, in units of ``laplacian``'s time."""
     num_inputs, hidden_dims, batch = 60, (128, 128), 256
