@@ -246,6 +246,32 @@ def test_complex_outputs(name):
     assert_close(kernel, expected, 1e-12)
 
 
+@pytest.mark.parametrize("is_method", [True, False])
+def test_real_rows_and_complex_columns(is_method):
+    """The imaginary part of the kernel is not dropped."""
+
+    def model():
+        return haiku_mlp.MLP(hidden_dims=(5,), hidden_activations=jnp.tanh)
+
+    net = hk.without_apply_rng(hk.transform(lambda x: model()(x)))
+    method = hk.without_apply_rng(hk.transform(lambda x, y: model().tangent_kernel(x, y)))
+    x = jax.random.normal(jax.random.key(1), (3, 4))
+    y = x[:2] + 1j * jax.random.normal(jax.random.key(2), (2, 4))
+    params = net.init(jax.random.key(0), x)
+
+    def jacobian(x):
+        def outputs(params):
+            psi = net.apply(params, x + 0j)
+            return jnp.stack([psi.real, psi.imag])
+
+        leaves = jax.tree.leaves(jax.jacrev(outputs)(params))
+        real, imag = jnp.concatenate([leaf.reshape(2, len(x), -1) for leaf in leaves], -1)
+        return real + 1j * imag
+
+    kernel = method.apply if is_method else functools.partial(haiku_mlp.tangent_kernel, net.apply)
+    assert_close(kernel(params, x, y), jacobian(x) @ jacobian(y).conj().T, 1e-14)
+
+
 def _frozen_but(kinds, kind, constants, params):
     return jax.tree.map(lambda k, c, p: p if k == kind else c, kinds, constants, params)
 

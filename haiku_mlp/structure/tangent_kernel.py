@@ -101,6 +101,8 @@ def tangent_kernel(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be positive or None, got {chunk_size!r}")
     params, x, y = jax.tree.map(jnp.asarray, (params, x, y))
+    if y is not None:
+        x, y = jax.tree.map(_promoted, x, y), jax.tree.map(_promoted, y, x)
     if AxisType.Explicit in _sharding(x).mesh.axis_types:
         return _on_each_device(function, params, x, y, chunk_size)
     if any(leaf.shape[0] == 0 for leaf in jax.tree.leaves((x, y))):
@@ -148,6 +150,12 @@ def _own(tree: Any) -> Any:
     return jax.tree.map(
         lambda leaf: jnp.where(jnp.broadcast_to(zero, leaf.shape), leaf, leaf), tree
     )
+
+
+def _promoted(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns ``a`` with the dtype of both: the samples run one program."""
+    with jax.numpy_dtype_promotion("standard"):
+        return a if a.dtype == b.dtype else a.astype(jnp.promote_types(a.dtype, b.dtype))
 
 
 def _real_kernel(network: Network, x: Any, y: Any, chunk_size: int | None) -> jax.Array:
