@@ -1,5 +1,7 @@
 """Wrong calls: the exception and the message of each, and nothing changed by any."""
 
+import re
+
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -36,13 +38,18 @@ def unchanged(variables):
         np.testing.assert_array_equal(leaf, before)
 
 
+def shapes(stored, asked):
+    """Both shapes: Flax before 0.12 names them in the other order."""
+    return f"(?=.*{re.escape(str(stored))}).*{re.escape(str(asked))}"
+
+
 # JAX before 0.8, and since.
 NOT_NUMBERS = "is not a valid JAX array type|as a JAX value"
 
 INPUTS = {
-    "more features": (np.ones((2, 5)), errors.ScopeParamShapeError, r"\(5, 3\).*\(4, 3\)"),
-    "one feature": (np.ones((2, 1)), errors.ScopeParamShapeError, r"\(1, 3\).*\(4, 3\)"),
-    "transposed": (X.T, errors.ScopeParamShapeError, r"\(2, 3\).*\(4, 3\)"),
+    "more features": (np.ones((2, 5)), errors.ScopeParamShapeError, shapes((4, 3), (5, 3))),
+    "one feature": (np.ones((2, 1)), errors.ScopeParamShapeError, shapes((4, 3), (1, 3))),
+    "transposed": (X.T, errors.ScopeParamShapeError, shapes((4, 3), (2, 3))),
     "number": (1.0, IndexError, r"(?s)out of range.*an array \(\.\.\., N\).* axes: 1\.0"),
     "text": ("spins", IndexError, "axes: 'spins'"),
     "texts": (np.full((2, 4), "up"), TypeError, NOT_NUMBERS),
@@ -245,7 +252,7 @@ WRAPPED = {
     "shape of a parameter": (
         lambda: compat.wrap(hk.Linear)(3).apply({"params": {"w": np.ones((4, 1))}}, X),
         errors.ScopeParamShapeError,
-        r"shape \(4, 3\),? .* shape \(4, 1\)",
+        shapes((4, 1), (4, 3)),
     ),
     "no key for dropout": (
         lambda: compat.HaikuFunction(lambda x: hk.dropout(hk.next_rng_key(), 0.5, x)).apply({}, X),
