@@ -69,18 +69,16 @@ def min_sr(
     if is_concrete:
         _check_values(kernel, residuals, damping)
     num_samples = residuals.shape[0]
-    kernel, rhs = kernel / num_samples, residuals
     # An entry has an error of a few roundings, also where the mean taken off is all of it.
-    rounding = 4 * jnp.finfo(dtype).eps * jnp.linalg.norm(kernel.ravel())
-    if centered:
-        kernel, rhs = _center(_center(kernel, 0), 1), _center(rhs, 0)
-    matrix = _as_matrix(kernel)
+    rounding = 4 * jnp.finfo(dtype).eps * jnp.linalg.norm(kernel.ravel()) / num_samples
+    rhs = _center(residuals) if centered else residuals
+    matrix = _as_matrix(_centered_kernel(kernel) if centered else kernel) / num_samples
     matrix += damping.astype(dtype) * jnp.eye(matrix.shape[0], dtype=dtype)
-    solution, smallest = semidefinite.solve(matrix, rhs.ravel(), rounding)
+    solution, smallest = semidefinite.solve(matrix, rhs.ravel(), rounding, damping)
     if is_concrete and smallest < -_tolerance(matrix) * jnp.max(jnp.abs(matrix)):
         raise ValueError(f"kernel / B + damping has the negative eigenvalue {smallest}")
     solution = solution.reshape(rhs.shape)
-    return (_center(solution, 0) if centered else solution) / num_samples
+    return (_center(solution) if centered else solution) / num_samples
 
 
 def natural_gradient(
@@ -250,5 +248,12 @@ def _as_matrix(kernel: jax.Array) -> jax.Array:
     return jnp.swapaxes(kernel, 1, 2).reshape(size, size)
 
 
-def _center(a: jax.Array, axis: int) -> jax.Array:
-    return a - jnp.mean(a, axis, keepdims=True)
+def _centered_kernel(kernel: jax.Array) -> jax.Array:
+    """Returns the kernel, which is Hermitian, without the means over its rows and columns."""
+    of_rows = jnp.mean(kernel, 0, keepdims=True)
+    of_columns = jnp.transpose(of_rows.conj(), (1, 0, 3, 2)[: kernel.ndim])
+    return kernel - of_rows - (of_columns - jnp.mean(of_rows, 1, keepdims=True))
+
+
+def _center(a: jax.Array) -> jax.Array:
+    return a - jnp.mean(a, 0, keepdims=True)

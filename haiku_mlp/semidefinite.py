@@ -10,7 +10,9 @@ _ITERATIONS = 3
 
 # Compiled as one: jax_debug_nans looks at the results alone, not at a decomposition that fails.
 @jax.jit
-def solve(matrix: jax.Array, rhs: jax.Array, rounding: jax.Array) -> tuple[jax.Array, jax.Array]:
+def solve(
+    matrix: jax.Array, rhs: jax.Array, rounding: jax.Array, bound: jax.Array | float = 0.0
+) -> tuple[jax.Array, jax.Array]:
     """Solution of smallest norm of ``matrix @ x = rhs``, where rounding errors count as zero.
 
     By Cholesky decomposition if all eigenvalues are larger than ``rounding``, else in the
@@ -23,10 +25,12 @@ def solve(matrix: jax.Array, rhs: jax.Array, rounding: jax.Array) -> tuple[jax.A
         than by rounding; the eigenvectors of such ones are left out too.
       rhs: ``(n,)``, of the same dtype.
       rounding: Size of the errors of the eigenvalues, a number.
+      bound: What no eigenvalue is below other than by rounding, a number: the damping.
+        Where that decides, the smallest eigenvalue is not looked for.
 
     Returns:
-      The solution ``(n,)`` and the smallest eigenvalue, which is an estimate from above where
-      the solution is Cholesky's.  NaN, at no cost, if an argument is not finite.
+      The solution ``(n,)`` and the smallest eigenvalue, where the solution is Cholesky's an
+      estimate from above, or ``bound``.  NaN, at no cost, if an argument is not finite.
 
     Example::
 
@@ -37,13 +41,12 @@ def solve(matrix: jax.Array, rhs: jax.Array, rounding: jax.Array) -> tuple[jax.A
       >>> bool(jnp.allclose(solution, 1.5))
       True
     """
-    fixed = jax.lax.stop_gradient(matrix)
-    factor = jax.scipy.linalg.cho_factor(fixed, lower=True)
-    smallest = _smallest_eigenvalue(factor)
-    is_regular = smallest > rounding  # False for NaN: Cholesky failed
+    fixed, bound = jax.lax.stop_gradient((matrix, jnp.asarray(bound, rounding.dtype)))
+    # LAPACK takes columns: for rows the same matrix is its adjoint, without a transposition.
+    factor = jax.scipy.linalg.cho_factor(fixed.conj().T, lower=True)
 
     def by_cholesky(b: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jax.scipy.linalg.cho_solve(factor, b), smallest
+        return jax.scipy.linalg.cho_solve(factor, b), _smallest_eigenvalue(factor)
 
     def by_eigenvectors(b: jax.Array) -> tuple[jax.Array, jax.Array]:
         values, vectors = jnp.linalg.eigh(fixed)
@@ -51,12 +54,18 @@ def solve(matrix: jax.Array, rhs: jax.Array, rounding: jax.Array) -> tuple[jax.A
         return _product(vectors, inverse * _product(vectors.conj().T, b)), values[0]
 
     def not_a_number(b: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jnp.full_like(b, jnp.nan), jnp.full_like(smallest, jnp.nan)
+        return jnp.full_like(b, jnp.nan), jnp.full_like(bound, jnp.nan)
 
-    def inverse(_: Any, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def by_its_eigenvalues(b: jax.Array) -> tuple[jax.Array, jax.Array]:
         is_finite = jnp.isfinite(rounding) & jnp.all(jnp.isfinite(fixed)) & jnp.all(jnp.isfinite(b))
+        is_regular = _smallest_eigenvalue(factor) > rounding  # False for NaN: Cholesky failed
         route = jnp.where(is_finite, jnp.where(is_regular, 2, 1), 0)
         return jax.lax.switch(route, (not_a_number, by_eigenvectors, by_cholesky), b)
+
+    def inverse(_: Any, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+        solution = jax.scipy.linalg.cho_solve(factor, b)
+        is_clear = (bound > 2 * rounding) & jnp.all(jnp.isfinite(solution)) & jnp.isfinite(bound)
+        return jax.lax.cond(is_clear, lambda _: (solution, bound), by_its_eigenvalues, b)
 
     def transposed(_: Any, b: jax.Array) -> tuple[jax.Array, jax.Array]:
         solution, smallest = inverse(_, b.conj())

@@ -148,3 +148,12 @@ def test_derivatives(dtype):
     for at in ((1.0, 0.0), (1.0, 0.3)):
         difference = (solution(at[0] + step, at[1]) - solution(at[0] - step, at[1])) / (2 * step)
         np.testing.assert_allclose(jax.grad(solution)(*at), difference, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("bound", "expected"), [(0.5, 0.5), (0.0, 1.0), (1e-9, 1.0)])
+def test_a_bound_that_is_clear_decides(bound, expected):
+    """The smallest eigenvalue is looked for where the bound is among the rounding errors."""
+    matrix, rhs = jnp.diag(jnp.array([4.0, 2.0, 1.0])), jnp.ones(3)
+    solution, smallest = semidefinite.solve(matrix, rhs, jnp.array(1e-8), bound)
+    np.testing.assert_allclose(solution, [0.25, 0.5, 1.0])
+    np.testing.assert_allclose(smallest, expected, rtol=0.3)

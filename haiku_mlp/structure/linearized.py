@@ -61,15 +61,15 @@ class Linearized:
         return functools.reduce(operator.add, terms)
 
     def kernel(self) -> jax.Array:
-        """Returns the tangent kernel ``(B, B)``: the lower half by blocks, and its transpose."""
+        """Returns the tangent kernel ``(B, B)``: the upper half by blocks, and its transpose."""
         size = len(self.inputs[0])
         num_blocks = max(1, min(size // _BLOCK_ROWS, _MAX_BLOCKS))
         ends = [size * i // num_blocks for i in range(num_blocks + 1)]
         kernel = jnp.zeros((size, size), self.signals[0].dtype)
         for start, end in itertools.pairwise(ends):
-            rows = self._rows(slice(start, end), slice(0, end))
-            kernel = kernel.at[start:end, :end].set(rows)
-            kernel = kernel.at[:start, start:end].set(rows[:, :start].T)
+            rows = self._rows(slice(start, end), slice(start, None))
+            kernel = kernel.at[start:end, start:].set(rows)
+            kernel = kernel.at[end:, start:end].set(rows[:, end - start :].T)
         return kernel
 
     def _rows(self, rows: slice, columns: slice) -> jax.Array:
