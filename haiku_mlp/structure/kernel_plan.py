@@ -66,6 +66,6 @@ def kernel_plan(function: Callable[[Any, Any], jax.Array], params: Any, x: Any) 
     network = Network(function, params, x)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
     return KernelPlan(
-        Route(paths[part.leaf], "gram" if part.products else "jacobian", part.positions, part.cost)
+        Route(paths[part.leaf], "gram" if part.is_gram else "jacobian", part.positions, part.cost)
         for part in network.parts
     )

@@ -36,7 +36,7 @@ class ParameterDerivatives(NamedTuple):
 
     Attributes:
       outputs: ``(O,)``.
-      factors: The factors of the derivatives where there are products.
+      factors: The factors of the derivatives where their products are not formed.
       jacobians: The derivatives by the other parameters, ``(O, size)`` and real.
     """
 
@@ -95,6 +95,9 @@ class Network:
         )
         d, jacobians = jax.vmap(pull)(every_output)
         factors = {part.leaf: self._factors(part, h, d) for part in parts if part.products}
+        for part in parts:
+            if part.products and not part.is_gram:
+                jacobians[part.leaf] = _product(factors.pop(part.leaf), part.precision)
         return ParameterDerivatives(real, factors, jax.tree.map(_real_rows, jacobians))
 
     def _zeros(self, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -136,6 +139,15 @@ def _real_parts(output: jax.Array) -> jax.Array:
     """Returns the real outputs ``(O,)``: the real parts, then the imaginary parts."""
     flat = output.reshape(-1)
     return jnp.concatenate([flat.real, flat.imag]) if jnp.iscomplexobj(flat) else flat
+
+
+def _product(factors: Factors, precision: Any) -> jax.Array:
+    """Returns the derivatives, ``(O, outputs, inputs)``, or ``(O, outputs)``."""
+    # JAX would transpose them to the order of the parameter.
+    if factors.h is None:
+        return jnp.sum(factors.d, 1)
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.einsum("ato,ti->aoi", factors.d, factors.h, precision=precision)
 
 
 def _real_rows(jacobian: jax.Array) -> jax.Array:

@@ -18,17 +18,19 @@ class Part(NamedTuple):
 
     Attributes:
       leaf: Number of the parameter.
-      products: The products with it, by their number in the program; none if its Jacobian
-        is cheaper or the program does anything else with it.
+      products: The products with it, by their number in the program; none if the program
+        does anything else with it.
       positions: How many pairs of inputs and signals make a derivative by it; 0 if it is
         used in another way.
       cost: Multiply-adds for one entry of the kernel, about.
+      is_gram: Whether products of inputs and of signals are cheaper than its Jacobian.
     """
 
     leaf: int
     products: dict[int, Product]
     positions: int
     cost: int
+    is_gram: bool
 
     @property
     def precision(self) -> Any:
@@ -50,13 +52,12 @@ def parts(leaves: Sequence[jax.Array], survey: Survey, num_outputs: int) -> list
         is_seen = number not in survey.others
         if products or not is_seen:
             cost = leaf.size * (2 if jnp.iscomplexobj(leaf) else 1)
-            part = Part(number, {}, 0, cost)
+            part = Part(number, {}, 0, cost, is_gram=False)
             if is_seen and len({product.contracted for product in products.values()}) == 1:
                 positions = sum(p.positions * num_reals(leaf, p) for p in products.values())
-                part = part._replace(positions=positions)
                 gram = _gram_cost(leaf, products, positions, num_outputs)
-                if positions == 1 or gram <= cost:
-                    part = Part(number, products, positions, gram)
+                is_gram = positions == 1 or gram <= cost
+                part = Part(number, products, positions, gram if is_gram else cost, is_gram)
             found.append(part)
     return found
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from haiku_mlp.structure.network import Factors, Network, ParameterDerivatives, Part
+from haiku_mlp.structure.contraction import contract
+from haiku_mlp.structure.network import Network, ParameterDerivatives, Part
 
 
 def tangent_kernel(
@@ -109,7 +109,7 @@ def tangent_kernel(
         chunk_size = None  # lax.map takes no empty batch
     params, x, y = _own((params, x, y))
     network = Network(function, params, x)
-    kernel = jnp.moveaxis(_real_kernel(network, x, y, chunk_size), -1, 1)
+    kernel = jnp.moveaxis(_real_kernel(network, x, y, chunk_size), 2, 1)
     if jnp.iscomplexobj(network.output):
         real_rows, imag_rows = jnp.split(kernel, 2, 2)
         aa, ab = jnp.split(real_rows, 2, 3)
@@ -159,18 +159,18 @@ def _promoted(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _real_kernel(network: Network, x: Any, y: Any, chunk_size: int | None) -> jax.Array:
-    """Returns the kernel of the real outputs, ``(B, O, O, B')``."""
+    """Returns the kernel of the real outputs, ``(B, O, B', O)``."""
     # Jacobians are as large as the parameters: in chunks each is made where it is needed.
-    kept = [part for part in network.parts if chunk_size is None or part.products]
+    kept = [part for part in network.parts if chunk_size is None or part.is_gram]
     remade = [part for part in network.parts if part not in kept]
     rows = _derivatives(network, kept, x, chunk_size)
     columns = rows if y is None else _derivatives(network, kept, y, chunk_size)
-    halved = [part for part in kept if y is None and part.products and part.positions > 1]
+    halved = [part for part in kept if y is None and part.is_gram and part.positions > 1]
     whole = [part for part in kept if part not in halved]
     kernel = _kernel_of(network, whole, rows, columns, chunk_size)
     if halved:
         half = _kernel_of(network, halved, rows, columns, chunk_size, half=True)
-        kernel += half + jnp.transpose(half, (3, 2, 1, 0))
+        kernel += half + jnp.transpose(half, (2, 3, 0, 1))
     if remade:
         kernel += _remade_kernel(network, remade, x, x if y is None else y, chunk_size)
     return kernel
@@ -192,8 +192,11 @@ def _kernel_of(
     half: bool = False,
 ) -> jax.Array:
     """Returns some parameters' part of the kernel; with its transpose if it is ``half``."""
-    columns = jax.tree.map(lambda a: jnp.moveaxis(a, 0, -2), columns)
-    return _map(lambda row: _product(network, parts, row, columns, half), rows, chunk_size)
+    if chunk_size is None:
+        return contract(network, parts, rows, columns, half)
+    return _map(
+        lambda row: contract(network, parts, _batch(row), columns, half)[0], rows, chunk_size
+    )
 
 
 def _remade_kernel(
@@ -202,16 +205,19 @@ def _remade_kernel(
     """Returns some parameters' part of the kernel with few derivatives at a time."""
 
     def kernel_row(sample: Any) -> jax.Array:
-        row = network.derivatives(sample, parts)
+        row = _batch(network.derivatives(sample, parts))
 
         def entry(other: Any) -> jax.Array:
-            column = network.derivatives(other, parts)
-            column = jax.tree.map(lambda a: jnp.expand_dims(a, -2), column)
-            return _product(network, parts, row, column)[..., 0]
+            return contract(network, parts, row, _batch(network.derivatives(other, parts)))[0, :, 0]
 
-        return jnp.moveaxis(_map(entry, y, chunk_size), 0, -1)
+        return jnp.moveaxis(_map(entry, y, chunk_size), 0, 1)
 
     return _map(kernel_row, x, chunk_size)
+
+
+def _batch(tree: Any) -> Any:
+    """Returns the arrays of one sample as those of a batch."""
+    return jax.tree.map(lambda a: a[None], tree)
 
 
 def _map(function: Callable[[Any], Any], samples: Any, chunk_size: int | None) -> Any:
@@ -219,72 +225,3 @@ def _map(function: Callable[[Any], Any], samples: Any, chunk_size: int | None) -
     if chunk_size is None:
         return jax.vmap(function)(samples)
     return jax.lax.map(function, samples, batch_size=chunk_size)
-
-
-def _product(
-    network: Network,
-    parts: list[Part],
-    row: ParameterDerivatives,
-    columns: ParameterDerivatives,
-    half: bool = False,
-) -> jax.Array:
-    """Returns the sum of products of derivatives, ``(O, O, B')``.
-
-    Args:
-      network: The network.
-      parts: The parts that are summed.
-      row: The derivatives at one sample.
-      columns: Those at ``B'`` samples, along the last axis but one.
-      half: Whether a pair of positions stands for both orders, and one with itself for half.
-    """
-    num_columns, num_outputs = columns.outputs.shape
-    kernel = jnp.zeros((num_outputs, num_outputs, num_columns), columns.outputs.dtype)
-    with jax.numpy_dtype_promotion("standard"):
-        for part in parts:
-            if part.products:
-                term = _gram(part, row.factors[part.leaf], columns.factors[part.leaf], half)
-            else:
-                term = _inner(row.jacobians[part.leaf], columns.jacobians[part.leaf])
-            # What a complex parameter adds to a complex output is half that of two real ones.
-            is_half = jnp.iscomplexobj(network.output) and jnp.iscomplexobj(
-                network.leaves[part.leaf]
-            )
-            kernel += term / 2 if is_half else term
-    return kernel
-
-
-def _gram(part: Part, row: Factors, columns: Factors, half: bool) -> jax.Array:
-    """Returns ``sum over t, s of (h_t . h_s) (d_t . d_s)``, ``(O, O, B')``."""
-    h, d = row.h, jnp.moveaxis(row.d, 1, 0)
-    hs, ds = columns.h, jnp.moveaxis(columns.d, 1, 0)
-
-    def term(t: Any, s: Any) -> jax.Array:
-        signals = _inner(d[t], ds[s], part.precision)
-        if h is None or hs is None:
-            return signals.real
-        inputs = _inner(h[t], hs[s], part.precision)
-        return (jnp.reshape(inputs, (1, 1, -1)) * signals).real
-
-    if d.shape[0] == 1:
-        return term(0, 0)
-    every = np.arange(d.shape[0])
-    diagonal = _sum(term, every, every)
-    if half:
-        return diagonal / 2 + _sum(term, *np.triu_indices(d.shape[0], 1))
-    return diagonal + _sum(term, *np.nonzero(~np.eye(d.shape[0], dtype=bool)))
-
-
-def _sum(term: Callable[..., jax.Array], ts: np.ndarray, ss: np.ndarray) -> jax.Array:
-    """Returns the sum of ``term(t, s)`` over pairs, one after the other."""
-    first = term(ts[0], ss[0])
-
-    def add(total: jax.Array, pair: tuple[Any, Any]) -> tuple[jax.Array, None]:
-        return total + term(*pair), None
-
-    return jax.lax.scan(add, first, (ts[1:], ss[1:]))[0]
-
-
-def _inner(a: jax.Array, b: jax.Array, precision: Any = None) -> jax.Array:
-    """Returns ``a . conj(b)`` over the last axes: ``(..., n), (..., n) -> (..., ...)``."""
-    contract_last = (((a.ndim - 1,), (b.ndim - 1,)), ((), ()))
-    return jax.lax.dot_general(a, b.conj(), contract_last, precision=precision)
