@@ -11,11 +11,13 @@ from flax import linen as nn
 from flax.core import Scope
 
 import haiku_mlp
-from haiku_mlp.arguments import Arguments, check_batches, size
+from haiku_mlp.arguments import Arguments, check_batches, for_each_layer, size
+from haiku_mlp.caching import kept_by_object
 from haiku_mlp.initializers import default_bias_init, default_kernel_init
 
 from .kernels import tangent_kernel
 from .mirror.names import Names
+from .mirror.private import no_flax_parent
 from .mirror.rows import Mirrored
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Arguments))
@@ -53,6 +55,12 @@ class Perceptron(Mirrored):
         return Names(root="mlp", netket=True)
 
     @nn.nowrap
+    def _is_shared(self, scope: Scope) -> bool:
+        activations = (*for_each_layer(self.hidden_activations, 1), self.output_activation)
+        makes_modules = any(map(_makes_modules, filter(callable, activations)))
+        return not self._is_face or bool(scope.reservations) or makes_modules
+
+    @nn.nowrap
     def _row(self, module: hk.Module | type[hk.Module], parent: Any, name: str) -> Mirrored:
         # Flax names the children of a compact method itself: MLP_0, Dense_0, Dense_1, ...
         place: Any = {"parent": parent, "name": name if isinstance(parent, Scope) else None}
@@ -69,6 +77,20 @@ class Perceptron(Mirrored):
                 **place,
             )
         return super()._row(module, parent, name)
+
+
+@kept_by_object
+def _makes_modules(activation: Callable[..., Any]) -> bool:
+    """Returns whether an activation may make Flax modules, tried out on a number."""
+    if isinstance(activation, nn.Module):
+        return True
+    net = hk.transform(lambda z: activation(z))
+    try:
+        with no_flax_parent():  # so that none can be called
+            jax.eval_shape(lambda z: net.init(None, z), jax.ShapeDtypeStruct((), jnp.float32))
+    except Exception:  # it may need what is not there now
+        return True
+    return False
 
 
 class Dense(Mirrored, nn.Dense, haiku=haiku_mlp.Linear):

@@ -9,6 +9,8 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
+from haiku_mlp.caching import kept_by_object
+
 KeyedInitializer = Callable[..., jax.Array]
 HaikuInitializer = Callable[[Sequence[int], Any], jax.Array]
 Initializer = KeyedInitializer | HaikuInitializer
@@ -67,6 +69,7 @@ def as_haiku_initializer(init: Initializer) -> HaikuInitializer:
     return JaxInitializer(init) if _takes_key(init) else init
 
 
+@kept_by_object
 def _takes_key(init: Initializer) -> bool:
     if isinstance(init, JaxInitializer):
         return False

@@ -1,6 +1,7 @@
 """One affine layer."""
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import haiku as hk
 import jax
@@ -16,6 +17,7 @@ from haiku_mlp.initializers import (
 )
 
 
+@dataclasses.dataclass(eq=False)
 class Linear(hk.Module):
     """An affine map ``x @ w + b`` of the last axis.
 
@@ -46,23 +48,18 @@ class Linear(hk.Module):
       (5, 3)
     """
 
-    def __init__(
-        self,
-        output_size: int,
-        use_bias: bool = True,
-        param_dtype: Any = jnp.float64,
-        precision: Any = None,
-        kernel_init: Initializer = default_kernel_init,
-        bias_init: Initializer = default_bias_init,
-        name: str | None = None,
-    ):
-        super().__init__(name=name)
-        self.output_size = output_size
-        self.use_bias = use_bias
-        self.param_dtype = param_dtype
-        self.precision = precision
-        self.kernel_init = kernel_init
-        self.bias_init = bias_init
+    AUTO_REPR: ClassVar[bool] = False  # which takes as long as the rest of the constructor
+
+    output_size: int
+    use_bias: bool = True
+    param_dtype: Any = jnp.float64
+    precision: Any = None
+    kernel_init: Initializer = dataclasses.field(default=default_kernel_init)
+    bias_init: Initializer = dataclasses.field(default=default_bias_init)
+    name: str | None = None
+
+    def __repr__(self) -> str:
+        return f"Linear(output_size={self.output_size}, name={self.name!r})"
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Returns ``(..., output_size)`` for inputs ``(..., input_size)``."""

@@ -1,7 +1,10 @@
 """The private names of Haiku and Flax that ``compat.mirror.private`` uses, and what it promises."""
 
+import gc
 import pathlib
 import re
+import traceback
+import weakref
 
 import haiku as hk
 import jax
@@ -9,6 +12,7 @@ import pytest
 from flax import linen as nn
 
 import compat
+import haiku_mlp
 from compat.mirror import private as internals
 from compat.mirror.run import is_missing_key
 
@@ -78,14 +82,66 @@ def test_no_flax_parent_after_an_error():
     assert Parent(False).apply({})
 
 
-def test_is_flax_intercepted():
+def test_is_flax_looking():
     def interceptor(next_f, args, kwargs, context):
         return next_f(*args, **kwargs)
 
-    assert not internals.is_flax_intercepted()
+    class Model(nn.Module):
+        def __call__(self):
+            seen.append(internals.is_flax_looking())
+
+    seen = []
+    Model().apply({})
     with nn.intercept_methods(interceptor):
-        assert internals.is_flax_intercepted()
-    assert not internals.is_flax_intercepted()
+        Model().apply({})
+    Model().tabulate(KEY)
+    Model().apply({}, mutable=["intermediates"], capture_intermediates=True)
+    Model().bind({})()
+    Model().init({})
+    assert seen == [False, True, True, True, True, False]
+
+
+def frames(model, x):
+    """Returns the frames between ``apply`` and the last activation."""
+    depths = []
+
+    def activation(z):
+        depths.append([frame.name for frame in traceback.extract_stack()])
+        return z
+
+    model = model.clone(output_activation=activation)
+    variables = model.init(KEY, x)
+    depths.clear()
+    model.apply(variables, x)
+    return len(depths[0]) - depths[0].index("apply") - 1
+
+
+@pytest.mark.parametrize("face", [compat.MLP, compat.wrap(haiku_mlp.MLP)])
+def test_calls_at_which_flax_does_not_look_are_those_of_haiku(face):
+    """JAX looks at the whole stack for each operation."""
+
+    def interceptor(next_f, args, kwargs, context):
+        return next_f(*args, **kwargs)
+
+    x = jax.numpy.ones(3)
+    assert frames(face(), x) <= 22
+    with nn.intercept_methods(interceptor):
+        assert frames(face(), x) > 30
+
+
+def test_what_an_activation_is_is_not_kept_longer_than_itself():
+    class Activation:
+        def __call__(self, z):
+            return z
+
+    def init():
+        activation = Activation()
+        compat.MLP(hidden_dims=2, hidden_activations=activation).init(KEY, jax.numpy.ones(3))
+        return weakref.ref(activation)
+
+    reference = init()
+    gc.collect()
+    assert reference() is None
 
 
 PRIVATE = re.compile(r"haiku\._src|flax\.\w+\._|\bflax_module\._|\bhaiku_base\.")

@@ -81,10 +81,16 @@ class Calls:
 
     Only in the trace and the transform of the start: inside ``hk.scan``, ``hk.vmap``,
     ``hk.remat`` and the like the code runs as plain Haiku, so that no tracer gets out.
+
+    Args:
+      watcher: The framework's side.
+      is_sending: Whether calls are sent at all.  Each step on the way makes the stack deeper,
+        which slows down all tracing below: JAX looks at the whole stack for each operation.
     """
 
-    def __init__(self, watcher: Watcher):
+    def __init__(self, watcher: Watcher, *, is_sending: bool = True):
         self.watcher = watcher
+        self._is_sending = is_sending
         self.classes: dict[str, type[hk.Module]] = {}
         self._passing: tuple[hk.Module, str] | None = None
 
@@ -94,13 +100,17 @@ class Calls:
         self.place = Place()
         token = _running.set(self)
         try:
-            with hk.intercept_methods(self._intercept):
+            with contextlib.ExitStack() as stack:
+                if self._is_sending:
+                    stack.enter_context(hk.intercept_methods(self._intercept))
                 yield
         finally:
             _running.reset(token)
 
     def unsent(self, module: hk.Module, method: str) -> Call:
         """Returns the method such that the call itself is not sent; those inside of it are."""
+        if not self._is_sending:
+            return getattr(module, method)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             self._passing = module, method

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax import errors
 from flax import linen as nn
+from flax.core import Scope
 
 from .caching import per_class
 from .calls import public_methods, run_method, watcher
 from .names import Names
+from .private import is_flax_looking
 from .run import Run
 
 
@@ -23,9 +25,12 @@ class Mirrored(nn.Module):
 
     # Whether the methods are compact: Flax names what is in them.
     _compact = False
+    # Whether all methods are those of the Haiku class; a user's subclass may have others.
+    _is_face = False
 
     @classmethod
     def __init_subclass__(cls, haiku: type[hk.Module] | None = None, **kwargs: Any) -> None:
+        cls._is_face = haiku is not None
         for name, method in ({} if haiku is None else public_methods(haiku)).items():
             if name not in vars(cls):
                 flax_method = run_method(name, method)
@@ -51,8 +56,15 @@ class Mirrored(nn.Module):
             return again(*args, **kwargs)
         if self.scope is None:
             raise errors.CallCompactUnboundModuleError
-        run = Run(self, self.scope, self._names(), self._row, compact=self._compact)
+        is_seen = is_flax_looking()
+        compact = self._compact and (is_seen or self._is_shared(self.scope))
+        run = Run(self, self.scope, self._names(), self._row, is_seen=is_seen, compact=compact)
         return run(self._haiku, method, args, kwargs)
+
+    @nn.nowrap
+    def _is_shared(self, scope: Scope) -> bool:
+        """Returns whether a compact method shares its names with others, as Flax alone can tell."""
+        return True
 
     @nn.nowrap
     def _row(self, module: hk.Module | type[hk.Module], parent: Any, name: str) -> "Mirrored":

@@ -19,7 +19,7 @@ from flax.core import Scope
 
 from .calls import Call, Calls
 from .names import Names
-from .private import is_flax_intercepted, no_flax_parent
+from .private import no_flax_parent
 from .values import Values
 
 _transformed = hk.transform_with_state(lambda body: body())
@@ -39,6 +39,7 @@ class Run:
       make_row: Returns the Flax module that stands for a Haiku module, or for a class of
         which Flax sees no call; takes the module, the parent (a Flax module or the row's
         own scope) and the Flax name.
+      is_seen: Whether Flax looks at the calls of rows.
       compact: Whether rows, and Flax modules in the Haiku code, are Flax's to name, as in
         a compact method.  In general they are not: Haiku has names of its own for them.
     """
@@ -50,13 +51,15 @@ class Run:
         names: Names,
         make_row: Callable[[hk.Module | type[hk.Module], nn.Module | Scope, str], Any],
         *,
+        is_seen: bool,
         compact: bool,
     ):
-        self.calls = Calls(self)
+        self.calls = Calls(self, is_sending=is_seen or compact)
         self._host = host
         self._scope = scope
         self._names = names
         self._make_row = make_row
+        self._is_seen = is_seen
         self._compact = compact
         self._values = Values(scope, names, load=not compact)
         self._rows: dict[str, tuple[hk.Module, Any]] = {}
@@ -92,8 +95,8 @@ class Run:
 
     def send(self, module: hk.Module, method: str, go_on: Call) -> Call:
         """Returns ``go_on`` as a method of the row that stands for ``module``."""
-        row = self._row(module) if self._is_seen() else None
-        if row is None or not hasattr(type(row), method):
+        row = self._row(module)
+        if not hasattr(type(row), method):
             return go_on
 
         def call(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -143,25 +146,13 @@ class Run:
         if hk.running_init():
             self._values.keep("params", hk.get_params())
         self._values.keep("state", hk.get_initial_state())
-        self._show_hidden()
+        if self._is_seen:
+            self._show_hidden()
         return output
 
     def _parenthood(self) -> contextlib.AbstractContextManager[None]:
         """Returns a context in which Haiku code runs."""
         return contextlib.nullcontext() if self._compact else no_flax_parent()
-
-    def _is_seen(self) -> bool:
-        """Returns whether it makes a difference that a call goes through Flax.
-
-        Each step on the way makes the stack deeper, which slows down all tracing below:
-        JAX looks at the whole stack for each operation.
-        """
-        return (
-            self._compact
-            or self._host.is_initializing()
-            or self._scope.is_mutable_collection("intermediates")
-            or is_flax_intercepted()
-        )
 
     def _row(self, module: hk.Module) -> Any:
         name = module.module_name
