@@ -65,6 +65,10 @@ class Arguments:
             precision=precision,
         )
 
+    def text(self) -> str:
+        """Returns the arguments as they are written in a call."""
+        return ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+
 
 def size(value: Any, name: str = "hidden_dims") -> int:
     """Returns ``value`` as a positive int."""

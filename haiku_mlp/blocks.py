@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import haiku as hk
 import jax
@@ -58,6 +58,8 @@ class MLP(hk.Module):
       (5, 2)
     """
 
+    AUTO_REPR: ClassVar[bool] = False  # as in Linear
+
     def __init__(
         self,
         output_dim: int = 1,
@@ -87,6 +89,9 @@ class MLP(hk.Module):
             kernel_init,
             bias_init,
         )
+
+    def __repr__(self) -> str:
+        return f"MLP(output_dim={self.output_dim}, {self.arguments.text()})"
 
     def __call__(self, input: jax.Array) -> jax.Array:
         """Returns ``(..., output_dim)`` for inputs ``(..., N)``."""

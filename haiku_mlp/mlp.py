@@ -1,7 +1,7 @@
 """The multi-layer perceptron with one output."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import haiku as hk
 import jax
@@ -71,6 +71,8 @@ class MLP(hk.Module):
       (5,)
     """
 
+    AUTO_REPR: ClassVar[bool] = False  # as in Linear
+
     def __new__(cls, *args: Any, **arguments: Any) -> "MLP":  # noqa: D102
         if "output_dim" in arguments and cls.__init__ is MLP.__init__:
             raise TypeError(
@@ -106,6 +108,9 @@ class MLP(hk.Module):
             kernel_init,
             bias_init,
         )
+
+    def __repr__(self) -> str:
+        return f"MLP({self.arguments.text()})"
 
     def __call__(self, input: jax.Array) -> jax.Array:
         """Returns ``(...)`` for inputs ``(..., N)``."""
