@@ -56,6 +56,13 @@ class Given:
         """Returns all arguments, those by default too."""
         return _bound(self._class, self._arguments, defaults=True).arguments
 
+    def value(self, name: str) -> Any:
+        """Returns one argument, its default if it was not given."""
+        field = getattr(self._class, "__dataclass_fields__", {}).get(name)
+        if name in self._arguments or field is None or field.default_factory is dataclasses.MISSING:
+            return self.with_defaults()[name]
+        return field.default_factory()
+
     def construct(self, name: str, replace: Replace) -> hk.Module:
         """Returns a new Haiku module, ``name`` given to a class that needs one."""
         parameter = _signature(self._class).parameters.get("name")

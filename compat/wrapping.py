@@ -48,7 +48,7 @@ class Wrapped(Mirrored):
     def __getattr__(self, name: str) -> Any:
         if name not in self._arguments or "haiku_arguments" not in vars(self):
             return super().__getattr__(name)
-        value = self.haiku_arguments.with_defaults()[self._arguments[name]]
+        value = self.haiku_arguments.value(self._arguments[name])
         return copied(value, _filling(self.flax_modules))
 
     @nn.nowrap

@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import compat
+import haiku_mlp
 
 KEY = jax.random.key(0)
 X = np.ones((2, 3), np.float32)
@@ -357,7 +358,9 @@ def test_a_dataclass(through):
     outputs, variables = model.init_with_output(KEY)
     assert outputs[:3] == (3, [1, 2], 0.1)
     assert_identical(variables, {"params": {"w": jnp.ones(3, "float32")}})
-    assert model.clone(sizes=[3]).init_with_output(KEY)[0][1] == [3]
+    changed = model.clone(sizes=[3])
+    assert changed.init_with_output(KEY)[0][1] == [3]
+    assert (model.sizes, changed.sizes) == ([1, 2], [3])
 
 
 # Names.
@@ -490,3 +493,13 @@ def test_a_module_as_an_argument_is_shared():
         "Dense_0": SHAPES,
         "Outer_0": {"linear": HAIKU_SHAPES},
     }
+
+
+def test_repr_of_haiku_models():
+    def reprs(x):
+        return repr(haiku_mlp.MLP(8)), repr(haiku_mlp.blocks.MLP(2)), repr(haiku_mlp.Linear(3))
+
+    mlp, block, linear = hk.transform(reprs).apply({}, None, X)
+    assert mlp.startswith("MLP(hidden_dims=(8,), hidden_dims_alpha=None, param_dtype=")
+    assert block.startswith("MLP(output_dim=2, hidden_dims=None, ")
+    assert linear == "Linear(output_size=3, name='linear')"

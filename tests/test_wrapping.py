@@ -857,3 +857,13 @@ def test_time_to_trace_a_resnet():
     ours, theirs = resnet()
     median = median_times({"ours": ours, "theirs": theirs}, turns=11)
     assert median["ours"] <= 1.5 * median["theirs"], median
+
+
+@pytest.mark.parametrize("transform", [hk.transform, hk.transform_with_state])
+def test_a_pair_without_a_key_makes_no_parameters_at_apply(transform):
+    """As its own ``apply``."""
+    model = compat.HaikuFunction(hk.without_apply_rng(transform(lambda x: hk.Linear(2)(x))))
+    with pytest.raises(errors.InvalidRngError, match="without_apply_rng keeps the key from it"):
+        model.apply({}, jnp.ones(3), rngs=KEY, mutable=["params"])
+    with pytest.raises(errors.InvalidRngError, match="give rngs="):
+        model.apply({}, jnp.ones(3), mutable=["params"])

@@ -87,10 +87,11 @@ class Run:
                 raise
             is_to_make = self._scope.is_mutable_collection("params")
             stream, example = ("params", "params") if is_to_make else ("apply", "dropout")
-            raise errors.InvalidRngError(
-                f'{self._host.name or type(self._host).__name__} needs PRNG for "{stream}": '
-                f"give rngs={{{example!r}: key}}"
-            ) from error
+            advice = f"give rngs={{{example!r}: key}}"
+            if self._stream is not None:
+                advice = "hk.without_apply_rng keeps the key from it, call init"
+            name = self._host.name or type(self._host).__name__
+            raise errors.InvalidRngError(f'{name} needs PRNG for "{stream}": {advice}') from error
         return outputs[0]
 
     def send(self, module: hk.Module, method: str, go_on: Call) -> Call:
@@ -208,9 +209,18 @@ def haiku_key() -> jax.Array | None:
 
 
 def is_missing_key(error: Exception) -> bool:
-    """Returns whether Haiku raised ``error`` because it had no random key to draw from.
+    """Returns whether Haiku raised ``error`` because it had no random key to draw from."""
+    # Where an initializer drew at apply, it is the cause of another.
+    return isinstance(error, _MISSING_KEY) or isinstance(error.__cause__, _MISSING_KEY)
 
-    Haiku exports no class for that error; where an initializer drew at apply, it is the
-    cause of another.
-    """
-    return "MissingRNGError" in (type(error).__name__, type(error.__cause__).__name__)
+
+def _missing_key() -> type[Exception]:
+    """Returns the class of that error, which Haiku does not export."""
+    try:
+        hk.transform(hk.next_rng_key).apply({}, None)
+    except ValueError as error:
+        return type(error)
+    raise AssertionError("Haiku drew a random key from nothing")
+
+
+_MISSING_KEY = _missing_key()
