@@ -530,9 +530,9 @@ def shown(module, *, grad=True):
     init = module.init_with_output
     variables = jax.eval_shape(init, KEY, X)[1]
     programs = [(init, KEY), (captured, variables), *[(gradient, variables)] * grad]
-    lowered = [jax.jit(function).lower(arg, X) for function, arg in programs]
-    results = [jax.eval_shape(function, arg, X) for function, arg in programs]
-    return [program.as_text() for program in lowered], results, table(module)
+    traced = [jax.jit(function).trace(arg, X) for function, arg in programs]
+    texts = [program.lower().as_text() for program in traced]
+    return texts, [program.out_info for program in traced], table(module)
 
 
 def lifted(lift):
