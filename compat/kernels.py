@@ -16,6 +16,7 @@ def tangent_kernel(
     y: Any = None,
     *,
     chunk_size: int | None = None,
+    centered: bool = False,
 ) -> jax.Array:
     """Returns the tangent kernel of a Flax model: see :func:`haiku_mlp.tangent_kernel`.
 
@@ -27,6 +28,7 @@ def tangent_kernel(
       x: Inputs ``(B, ...)``, or a tree of them.
       y: Other inputs for the columns; None: ``x``.
       chunk_size: As for :func:`haiku_mlp.tangent_kernel`.
+      centered: As for :func:`haiku_mlp.tangent_kernel`.
 
     Returns:
       ``(B, B')``; for ``O`` outputs ``(B, B', O, O)``.
@@ -68,7 +70,9 @@ def tangent_kernel(
       True
     """
     function, params = _of_params(function, params)
-    return haiku_mlp.tangent_kernel(function, params, x, y, chunk_size=chunk_size)
+    return haiku_mlp.tangent_kernel(
+        function, params, x, y, chunk_size=chunk_size, centered=centered
+    )
 
 
 def kernel_plan(function: Callable[[Any, Any], jax.Array], params: Any, x: Any) -> KernelPlan:

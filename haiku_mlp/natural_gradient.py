@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from haiku_mlp import semidefinite
+from haiku_mlp.structure.contraction import centered_kernel
 
 
 def min_sr(
@@ -72,7 +73,7 @@ def min_sr(
     # An entry has an error of a few roundings, also where the mean taken off is all of it.
     rounding = 4 * jnp.finfo(dtype).eps * jnp.linalg.norm(kernel.ravel()) / num_samples
     rhs = _center(residuals) if centered else residuals
-    matrix = _as_matrix(_centered_kernel(kernel) if centered else kernel) / num_samples
+    matrix = _as_matrix(centered_kernel(kernel) if centered else kernel) / num_samples
     matrix += damping.astype(dtype) * jnp.eye(matrix.shape[0], dtype=dtype)
     solution, smallest = semidefinite.solve(matrix, rhs.ravel(), rounding, damping)
     if is_concrete and smallest < -_tolerance(matrix) * jnp.max(jnp.abs(matrix)):
@@ -246,13 +247,6 @@ def _as_matrix(kernel: jax.Array) -> jax.Array:
         return kernel
     size = kernel.shape[0] * kernel.shape[2]
     return jnp.swapaxes(kernel, 1, 2).reshape(size, size)
-
-
-def _centered_kernel(kernel: jax.Array) -> jax.Array:
-    """Returns the kernel, which is Hermitian, without the means over its rows and columns."""
-    of_rows = jnp.mean(kernel, 0, keepdims=True)
-    of_columns = jnp.transpose(of_rows.conj(), (1, 0, 3, 2)[: kernel.ndim])
-    return kernel - of_rows - (of_columns - jnp.mean(of_rows, 1, keepdims=True))
 
 
 def _center(a: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ from flax import nnx
 
 import compat
 import haiku_mlp
+from haiku_mlp.structure.contraction import centered_kernel
 
 X = jnp.asarray(np.random.default_rng(0).choice([-1.0, 1.0], (5, 6)))
 Y = jnp.asarray(np.random.default_rng(1).choice([-1.0, 1.0], (3, 6)))
@@ -285,6 +286,53 @@ def test_chunks(name, y):
     whole = jax.jit(functools.partial(compat.tangent_kernel, apply))(variables, X, y)
     chunked = functools.partial(compat.tangent_kernel, apply, chunk_size=2)
     assert_close(jax.jit(chunked)(variables, X, y), whole, 1e-13)
+
+
+@pytest.mark.parametrize("name", ["RBM", "complex RBM", "shared", "attention", "not_holomorphic"])
+def test_centered(name):
+    apply, variables = linen(name)
+    function = real_outputs(apply)
+
+    def both(variables):
+        jacobian = rows(of_params(function, variables), variables["params"], X)
+        jacobian -= jnp.mean(jacobian, 0, keepdims=True)
+        ours = compat.tangent_kernel(function, variables, X, centered=True)
+        return ours, jnp.einsum("iap,jbp->ijab", jacobian, jacobian)
+
+    assert_close(*jax.jit(both)(variables), 1e-12)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_centered_in_single_precision(chunk_size):
+    """Where derivatives hardly vary the factors are centred, not the finished kernel."""
+    rng = np.random.default_rng(0)
+    layers = [rng.normal(size=(8, 32)) / 3, rng.normal(size=(32, 32)) / 6, rng.normal(size=(3, 32))]
+    params = jax.tree.map(jnp.float32, {"layers": layers, "scale": np.ones(8)})
+    x = jnp.asarray(1 + 0.02 * rng.normal(size=(7, 3, 8)), jnp.float32)
+
+    def function(params, x):  # by Gram products of several positions and of one, by a Jacobian
+        h = jnp.tanh((x * params["scale"]) @ params["layers"][0])
+        h = jnp.tanh(h @ params["layers"][1]).mean(1)
+        return jnp.sum(h @ params["layers"][2].T, -1)
+
+    def kernel(params, x, centered):
+        return haiku_mlp.tangent_kernel(
+            function, params, x, centered=centered, chunk_size=chunk_size
+        )
+
+    kernel = jax.jit(kernel, static_argnums=2)
+    in_float64 = jax.tree.map(jnp.float64, (params, x))
+    full, exact = kernel(*in_float64, False), kernel(*in_float64, True)
+    assert jnp.mean(full) > 30**2 * jnp.mean(jnp.diagonal(exact))
+    assert_close(exact, centered_kernel(full), 1e-11)
+    size = jnp.max(jnp.abs(exact))
+    assert jnp.max(jnp.abs(kernel(params, x, True) - exact)) < 1e-5 * size
+    assert jnp.max(jnp.abs(centered_kernel(kernel(params, x, False)) - exact)) > 1e-4 * size
+
+
+def test_centered_is_of_one_batch():
+    with pytest.raises(ValueError, match="leave out y"):
+        haiku_mlp.tangent_kernel(lambda p, x: x @ p, jnp.ones(6), X, Y, centered=True)
 
 
 def assert_is_dense(function, params):

@@ -136,6 +136,11 @@ def jacobian_kernel(name):
     return jacobian(name) @ jacobian(name).T
 
 
+def centered_kernel(name):
+    rows = jacobian(name) - jacobian(name).mean(0)
+    return rows @ rows.T
+
+
 def parameter_space_step(name):
     rows, rhs = jacobian(name), np.asarray(residuals(network(name).x))
     rows, rhs = rows - rows.mean(0), rhs - rhs.mean()
@@ -157,6 +162,11 @@ QUANTITIES = {
     "tangent_kernel": Quantity(lambda net, *args: net.tangent_kernel(*args), jacobian_kernel),
     "of any network": Quantity(
         lambda net, *args: haiku_mlp.tangent_kernel(net.forward, *args), jacobian_kernel
+    ),
+    "centered": Quantity(
+        lambda net, *args: haiku_mlp.tangent_kernel(net.forward, *args, centered=True),
+        centered_kernel,
+        of_samples=False,
     ),
     "connected": Quantity(lambda net, p, x: net.connected(p, x, *flips(x)), all_flipped),
     "laplacian": Quantity(lambda net, *args: tuple(net.laplacian(*args)), derivatives),

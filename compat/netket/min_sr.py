@@ -240,11 +240,16 @@ def _step(
     function: Callable[[Any], jax.Array]
     if chunk_size is None and _is_linearized(network(params), samples, mode):
         linearized = Linearized(network(params), samples)
-        function, kernel = (lambda params: linearized(network(params))), linearized.kernel()
+        function, kernel = (
+            (lambda params: linearized(network(params))),
+            linearized.centered_kernel(),
+        )
     else:
         chunked = nk.jax.apply_chunked(outputs, in_axes=(None, 0), chunk_size=chunk_size)
         function = functools.partial(_of_samples, chunked, samples)
-        kernel = haiku_mlp.tangent_kernel(outputs, params, samples, chunk_size=chunk_size)
+        kernel = haiku_mlp.tangent_kernel(
+            outputs, params, samples, chunk_size=chunk_size, centered=True
+        )
     return haiku_mlp.natural_gradient(
         function,
         params,

@@ -16,15 +16,22 @@ def contract(
     parts: list[Part],
     rows: ParameterDerivatives,
     columns: ParameterDerivatives,
+    means: ParameterDerivatives | None = None,
+    *,
     half: bool = False,
 ) -> jax.Array:
     """Returns the sum of products of derivatives, ``(B, O, B', O)``.
+
+    With ``means`` that of products of their differences from the derivatives which factors
+    equal to the means give: small numbers, exactly, where the derivatives hardly vary.
 
     Args:
       network: The network.
       parts: The parts that are summed.
       rows: The derivatives at ``B`` samples, along the first axis.
       columns: Those at ``B'`` samples.
+      means: Of the factors and derivatives, along an axis of size one.  What is given for rows
+        and columns are differences from these.
       half: Whether a pair of positions stands for both orders, and one with itself for half.
     """
     shape = rows.outputs.shape + columns.outputs.shape
@@ -32,7 +39,9 @@ def contract(
     with jax.numpy_dtype_promotion("standard"):
         for part in parts:
             if part.is_gram:
-                term = _gram(part, rows.factors[part.leaf], columns.factors[part.leaf], half)
+                leaf = part.leaf
+                of_means = None if means is None else means.factors[leaf]
+                term = _gram(part, rows.factors[leaf], columns.factors[leaf], of_means, half)
             else:
                 term = _inner(rows.jacobians[part.leaf], columns.jacobians[part.leaf])
             # What a complex parameter adds to a complex output is half that of two real ones.
@@ -43,16 +52,27 @@ def contract(
     return kernel
 
 
-def _gram(part: Part, rows: Factors, columns: Factors, half: bool) -> jax.Array:
+def _gram(
+    part: Part, rows: Factors, columns: Factors, means: Factors | None, half: bool
+) -> jax.Array:
     """Returns ``sum over t, s of (h_t . h_s) (d_t . d_s)``, ``(B, O, B', O)``."""
     (h, d), (hs, ds) = map(_by_positions, (rows, columns))
+    h_mean, d_mean = (None, None) if means is None else _by_positions(means)
 
     def term(t: Any, s: Any) -> jax.Array:
-        signals = _inner(d[t], ds[s], part.precision)
-        if h is None or hs is None:
+        def product(left: Any, right: Any) -> jax.Array:
+            return _inner(left[t], right[s], part.precision)
+
+        signals = product(d, ds)
+        if h is None:
             return signals.real
-        inputs = _inner(h[t], hs[s], part.precision)
-        return (inputs[:, None, :, None] * signals).real
+        inputs = product(h, hs)[:, None, :, None]
+        if means is None:
+            return (inputs * signals).real
+        with_means = (product(h, h_mean), product(h_mean, hs), product(h_mean, h_mean))
+        of_inputs = (inputs, *(of_means[:, None, :, None] for of_means in with_means))
+        of_signals = (signals, product(d, d_mean), product(d_mean, ds), product(d_mean, d_mean))
+        return without_means(of_inputs, of_signals).real
 
     if len(d) == 1:
         return term(0, 0)
@@ -86,3 +106,23 @@ def _inner(a: jax.Array, b: jax.Array, precision: Any = None) -> jax.Array:
     contract_last = (((1,), (1,)), ((), ()))
     products = jax.lax.dot_general(rows, columns, contract_last, precision=precision)
     return products.reshape(a.shape[:-1] + b.shape[:-1])
+
+
+def without_means(inputs: tuple[jax.Array, ...], signals: tuple[jax.Array, ...]) -> jax.Array:
+    """Returns the products of ``h d - mean(h) mean(d)`` at two samples, of small numbers only.
+
+    Args:
+      inputs: Of the differences from the mean of ``h`` the products with each other, with the
+        mean on the right, with the mean on the left; the product of the mean with itself.
+      signals: Likewise of ``d``.
+    """
+    hh, hm, mh, mm = inputs
+    dd, dn, nd, nn = signals
+    return hh * (dd + dn + nd + nn) + (hm + mh + mm) * dd + hm * nd + mh * dn
+
+
+def centered_kernel(kernel: jax.Array) -> jax.Array:
+    """Returns the kernel, which is Hermitian, without the means over its rows and columns."""
+    of_rows = jnp.mean(kernel, 0, keepdims=True)
+    of_columns = jnp.transpose(of_rows.conj(), (1, 0, 3, 2)[: kernel.ndim])
+    return kernel - of_rows - (of_columns - jnp.mean(of_rows, 1, keepdims=True))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from haiku_mlp.structure.contraction import contract
+from haiku_mlp.structure.contraction import centered_kernel, contract
 from haiku_mlp.structure.network import Network, ParameterDerivatives, Part
 
 
@@ -19,6 +19,7 @@ def tangent_kernel(
     y: Any = None,
     *,
     chunk_size: int | None = None,
+    centered: bool = False,
 ) -> jax.Array:
     r"""Gram matrix of the derivatives of a network's outputs by its parameters.
 
@@ -54,6 +55,14 @@ def tangent_kernel(
     (batch normalisation in training) has no other derivatives of one sample.  State and
     random keys are what ``function`` closes over.
 
+    In single precision the mean over the samples must be taken from the derivatives before
+    they are multiplied, as ``centered`` does: for derivatives whose mean is 44 or 440 times as
+    large as what they vary by (an MLP of two layers), the kernel that is centred when it is
+    finished has errors of 3e-4 or 2e-2, the centred one of 4e-6 or 2e-5.  With
+    :math:`h = \bar h + \eta` and :math:`\delta = \bar\delta + \epsilon` the difference of
+    :math:`h \delta` from :math:`\bar h \bar\delta` needs no more products of matrices than
+    before: those of :math:`\eta` and :math:`\epsilon`, and vectors.
+
     Complex numbers.  If the network is holomorphic in its complex parameters, the
     derivatives are complex derivatives.  In general:
 
@@ -77,13 +86,16 @@ def tangent_kernel(
       y: Other inputs ``(B', ...)`` for the columns; None: ``x``.
       chunk_size: Rows of the kernel, and samples whose derivatives are formed, at a time;
         None: all.
+      centered: Whether to take the mean over the samples from the derivatives, as
+        :func:`haiku_mlp.natural_gradient` does by default from any kernel; of one batch only.
 
     Returns:
       ``(B, B')``; for ``O`` outputs ``(B, B', O, O)``.
 
     Raises:
       TypeError: ``function`` returns anything but an array of real or complex numbers.
-      ValueError: The array is not ``(B,)`` or ``(B, O)``, or ``chunk_size`` is not positive.
+      ValueError: The array is not ``(B,)`` or ``(B, O)``, ``chunk_size`` is not positive, or
+        ``centered`` is given with ``y``.
 
     Example::
 
@@ -100,16 +112,31 @@ def tangent_kernel(
     """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be positive or None, got {chunk_size!r}")
+    if centered and y is not None:
+        raise ValueError("centered means the kernel of one batch with itself: leave out y")
+    kernel = _kernel(function, params, x, y, chunk_size, centered)
+    return centered_kernel(kernel) if centered else kernel
+
+
+def _kernel(
+    function: Callable[[Any, Any], jax.Array],
+    params: Any,
+    x: Any,
+    y: Any,
+    chunk_size: int | None,
+    differences: bool,
+) -> jax.Array:
+    """Returns the kernel of the derivatives, or of their differences from constant ones."""
     params, x, y = jax.tree.map(jnp.asarray, (params, x, y))
     if y is not None:
         x, y = jax.tree.map(_promoted, x, y), jax.tree.map(_promoted, y, x)
     if AxisType.Explicit in _sharding(x).mesh.axis_types:
-        return _on_each_device(function, params, x, y, chunk_size)
+        return _on_each_device(function, params, x, y, chunk_size, differences)
     if any(leaf.shape[0] == 0 for leaf in jax.tree.leaves((x, y))):
         chunk_size = None  # lax.map takes no empty batch
     params, x, y = _own((params, x, y))
     network = Network(function, params, x)
-    kernel = jnp.moveaxis(_real_kernel(network, x, y, chunk_size), 2, 1)
+    kernel = jnp.moveaxis(_real_kernel(network, x, y, chunk_size, differences), 2, 1)
     if jnp.iscomplexobj(network.output):
         real_rows, imag_rows = jnp.split(kernel, 2, 2)
         aa, ab = jnp.split(real_rows, 2, 3)
@@ -123,7 +150,12 @@ def _sharding(x: Any) -> NamedSharding:
 
 
 def _on_each_device(
-    function: Callable[[Any, Any], jax.Array], params: Any, x: Any, y: Any, chunk_size: int | None
+    function: Callable[[Any, Any], jax.Array],
+    params: Any,
+    x: Any,
+    y: Any,
+    chunk_size: int | None,
+    differences: bool,
 ) -> jax.Array:
     """Returns the kernel where each device has its own rows.
 
@@ -132,7 +164,7 @@ def _on_each_device(
     mesh, rows = _sharding(x).mesh, PartitionSpec(_sharding(x).spec[0])
 
     def own_rows(params: Any, x: Any, y: Any) -> jax.Array:
-        return tangent_kernel(function, params, x, y, chunk_size=chunk_size)
+        return _kernel(function, params, x, y, chunk_size, differences)
 
     specs = PartitionSpec(), rows, PartitionSpec()
     places = tuple(NamedSharding(mesh, spec) for spec in specs)
@@ -158,21 +190,26 @@ def _promoted(a: jax.Array, b: jax.Array) -> jax.Array:
         return a if a.dtype == b.dtype else a.astype(jnp.promote_types(a.dtype, b.dtype))
 
 
-def _real_kernel(network: Network, x: Any, y: Any, chunk_size: int | None) -> jax.Array:
+def _real_kernel(
+    network: Network, x: Any, y: Any, chunk_size: int | None, differences: bool
+) -> jax.Array:
     """Returns the kernel of the real outputs, ``(B, O, B', O)``."""
     # Jacobians are as large as the parameters: in chunks each is made where it is needed.
     kept = [part for part in network.parts if chunk_size is None or part.is_gram]
     remade = [part for part in network.parts if part not in kept]
     rows = _derivatives(network, kept, x, chunk_size)
     columns = rows if y is None else _derivatives(network, kept, y, chunk_size)
+    means = _means(columns) if differences else None
+    rows, columns = _less(rows, means), _less(columns, means)
     halved = [part for part in kept if y is None and part.is_gram and part.positions > 1]
     whole = [part for part in kept if part not in halved]
-    kernel = _kernel_of(network, whole, rows, columns, chunk_size)
+    kernel = _kernel_of(network, whole, rows, columns, means, chunk_size)
     if halved:
-        half = _kernel_of(network, halved, rows, columns, chunk_size, half=True)
+        half = _kernel_of(network, halved, rows, columns, means, chunk_size, half=True)
         kernel += half + jnp.transpose(half, (2, 3, 0, 1))
     if remade:
-        kernel += _remade_kernel(network, remade, x, x if y is None else y, chunk_size)
+        others = x if y is None else y
+        kernel += _remade_kernel(network, remade, x, others, chunk_size, differences)
     return kernel
 
 
@@ -187,32 +224,48 @@ def _kernel_of(
     parts: list[Part],
     rows: ParameterDerivatives,
     columns: ParameterDerivatives,
+    means: ParameterDerivatives | None,
     chunk_size: int | None,
     *,
     half: bool = False,
 ) -> jax.Array:
     """Returns some parameters' part of the kernel; with its transpose if it is ``half``."""
     if chunk_size is None:
-        return contract(network, parts, rows, columns, half)
-    return _map(
-        lambda row: contract(network, parts, _batch(row), columns, half)[0], rows, chunk_size
-    )
+        return contract(network, parts, rows, columns, means, half=half)
+
+    def kernel_row(row: ParameterDerivatives) -> jax.Array:
+        return contract(network, parts, _batch(row), columns, means, half=half)[0]
+
+    return _map(kernel_row, rows, chunk_size)
 
 
 def _remade_kernel(
-    network: Network, parts: list[Part], x: Any, y: Any, chunk_size: int | None
+    network: Network, parts: list[Part], x: Any, y: Any, chunk_size: int | None, differences: bool
 ) -> jax.Array:
     """Returns some parameters' part of the kernel with few derivatives at a time."""
+    first = jax.tree.map(lambda a: a[:chunk_size], y)
+    means = _means(_derivatives(network, parts, first, None)) if differences else None
+
+    def at(sample: Any) -> ParameterDerivatives:
+        return _less(_batch(network.derivatives(sample, parts)), means)
 
     def kernel_row(sample: Any) -> jax.Array:
-        row = _batch(network.derivatives(sample, parts))
+        row = at(sample)
 
         def entry(other: Any) -> jax.Array:
-            return contract(network, parts, row, _batch(network.derivatives(other, parts)))[0, :, 0]
+            return contract(network, parts, row, at(other), means)[0, :, 0]
 
         return jnp.moveaxis(_map(entry, y, chunk_size), 0, 1)
 
     return _map(kernel_row, x, chunk_size)
+
+
+def _means(at: ParameterDerivatives) -> ParameterDerivatives:
+    return jax.tree.map(lambda a: jnp.mean(a, 0, keepdims=True), at)
+
+
+def _less(at: ParameterDerivatives, means: ParameterDerivatives | None) -> ParameterDerivatives:
+    return at if means is None else jax.tree.map(jnp.subtract, at, means)
 
 
 def _batch(tree: Any) -> Any:
