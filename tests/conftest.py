@@ -20,7 +20,6 @@ jax.config.update(
     "jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".jax_cache")
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-gc.set_threshold(100_000, 20, 100)  # what JAX holds lives on: looking through it takes a tenth
 
 # The fuzz tests try the same models each time, more of them in CI, or new ones.
 for name, number in {"few": 30, "many": 150, "new": 1000}.items():
@@ -33,6 +32,12 @@ for name, number in {"few": 30, "many": 150, "new": 1000}.items():
         suppress_health_check=list(HealthCheck),
     )
 settings.load_profile("few")
+
+
+def pytest_collection_finish():
+    """Spares the garbage collector what lives on: modules, and most of what JAX holds."""
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.fixture
