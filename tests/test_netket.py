@@ -52,7 +52,7 @@ STATES = {
 }
 
 
-QUICK = {"real", "complex, in full"}
+QUICK = {"real"}
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ GRADIENTS = {
     "complex, split": {"param_dtype": complex, "hidden_activations": split_gelu},
     "one layer": {"hidden_dims": None, "use_output_bias": True},
 }
-QUICK = {("haiku", "gelu"), ("haiku", "complex, split")}
+QUICK = {("haiku", "complex, split")}
 
 
 @pytest.mark.parametrize(
