@@ -1,5 +1,7 @@
 """``compat.netket`` against NetKet's ``VMC_SR(use_ntk=True)`` on the same samples."""
 
+import sys
+
 import cases
 import haiku as hk
 import jax
@@ -83,6 +85,25 @@ def test_local_energies_are_netkets(operator, model):
     theirs = state.local_estimators(hamiltonian)
     assert ours.dtype == theirs.dtype
     np.testing.assert_allclose(ours, jnp.asarray(theirs), rtol=1e-12)
+
+
+def test_local_energies_of_any_model_in_chunks(monkeypatch):
+    state = state_of(nk.models.RBM(alpha=2))
+    hamiltonian = nk.operator.IsingJax(HILBERT, nk.graph.Chain(6), h=1.0)
+    theirs = jnp.asarray(state.local_estimators(hamiltonian))
+    chunks = []
+    own = type(state).local_estimators
+
+    def estimators(state, operator, *, chunk_size):
+        chunks.append(chunk_size)
+        return own(state, operator, chunk_size=chunk_size)
+
+    monkeypatch.setattr(type(state), "local_estimators", estimators)
+    monkeypatch.setattr(sys.modules[local_energies.__module__], "_CONFIGURATIONS", 16)
+    np.testing.assert_allclose(local_energies(state, hamiltonian), theirs, rtol=1e-12)
+    state.chunk_size = 32
+    np.testing.assert_allclose(local_energies(state, hamiltonian), theirs, rtol=1e-12)
+    assert chunks == [16, 32]
 
 
 QUICK = {"real", "not_holomorphic"}

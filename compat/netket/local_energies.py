@@ -26,11 +26,20 @@ from .layers import bits, layers
 
 # Entries of the connected configurations that are in memory at once.
 _CACHE_ENTRIES, _MEMORY_ENTRIES = 2**21, 2**28
+# Configurations at once for another model, whose widths are not known.
+_CONFIGURATIONS = 2**11
 
 
 def local_energies(state: MCState, hamiltonian: Any) -> jax.Array:
-    """Returns the local energies ``(chains, samples of each)`` on the state's samples."""
-    return state.local_estimators(hamiltonian).data
+    """Returns the local energies ``(chains, samples of each)`` on the state's samples.
+
+    On a CPU chunks are faster: what a network computes of all configurations leaves the cache.
+    """
+    chunk_size = state.chunk_size
+    is_one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
+    if isinstance(hamiltonian, DiscreteJaxOperator) and is_one_cpu and not is_ours(state):
+        chunk_size = chunk_size or _CONFIGURATIONS
+    return state.local_estimators(hamiltonian, chunk_size=chunk_size).data
 
 
 def is_ours(state: Any) -> bool:
