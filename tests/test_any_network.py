@@ -477,6 +477,23 @@ def test_plan_takes_the_cheaper_route():
     assert plan(64).cost < 64 * 64
 
 
+def test_plan_on_an_accelerator(monkeypatch):
+    """Sums over few pairs of positions take longer there than large derivatives."""
+
+    def function(params, x):
+        return (jnp.tanh(x @ params["narrow"]) @ params["wide"]).sum((1, 2))
+
+    params = {"narrow": jnp.zeros((64, 512)), "wide": jnp.zeros((512, 512))}
+
+    def routes():
+        plan = haiku_mlp.kernel_plan(function, params, jnp.ones((2, 2, 64)))
+        return {route.path: route.route for route in plan}
+
+    assert routes() == {"['narrow']": "gram", "['wide']": "gram"}
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert routes() == {"['narrow']": "jacobian", "['wide']": "gram"}
+
+
 WRONG = {
     "a scalar": (lambda p, x: jnp.sum(x @ p), ValueError, r"must return \(B,\) or .*got \(\)"),
     "a deep batch": (

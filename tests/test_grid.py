@@ -52,6 +52,9 @@ NETWORKS = {
     "integers": ({"hidden_activations": (jnp.sin, lambda z: z > 0)}, SPINS),
 }
 
+# Those whose activations have no parameters.
+WITHOUT_PARAMETERS = {"plain", "half precision", "integers"}
+
 
 class Network(NamedTuple):
     """The pure functions of a network, and its inputs."""
@@ -61,6 +64,7 @@ class Network(NamedTuple):
     tangent_kernel: Callable[..., Any]
     connected: Callable[..., Any]
     laplacian: Callable[..., Any]
+    layers: Callable[..., Any]
     x: np.ndarray
 
 
@@ -73,7 +77,18 @@ def network(name):
         return mlp, (mlp, mlp.tangent_kernel, mlp.connected, mlp.laplacian)
 
     net = hk.without_apply_rng(hk.multi_transform(forward_and_methods))
-    return Network(net.init, *net.apply, x)
+    return Network(net.init, *net.apply, functools.partial(layers_of, fields), x)
+
+
+def layers_of(fields, params):
+    """Returns the layers of a network whose activations have no parameters."""
+    activations = fields["hidden_activations"]
+    both = activations if isinstance(activations, tuple) else (activations, activations)
+    modules = [params[f"mlp/block/linear_{i}"] for i in range(3)]
+    return tuple(
+        layers.Layer(module["w"], module["b"], activation)
+        for module, activation in zip(modules, (*both, None), strict=True)
+    )
 
 
 @functools.cache
@@ -87,6 +102,11 @@ def random_params(name):
 def flips(x):
     """Returns sites and values that change each entry in turn."""
     return jnp.arange(SITES)[:, None], -x[..., None]
+
+
+def at_flips(net, params, x):
+    flipped = x[:, None] * (1 - 2 * np.eye(SITES, dtype=np.int8))[None].astype(x.dtype)
+    return structure.at_configurations(net.layers(params), x, flipped)[..., 0]
 
 
 def residuals(x):
@@ -154,8 +174,10 @@ class Quantity(NamedTuple):
 
     ours: Callable[..., Any]
     expected: Callable[[str], Any]
-    of_samples: bool = True
-    """Whether each sample has its part of the result."""
+    without: tuple[str, ...] = ()
+    """Circumstances that it does not know."""
+    of_layers: bool = False
+    """Whether activations must not have parameters."""
 
 
 QUANTITIES = {
@@ -166,11 +188,14 @@ QUANTITIES = {
     "centered": Quantity(
         lambda net, *args: haiku_mlp.tangent_kernel(net.forward, *args, centered=True),
         centered_kernel,
-        of_samples=False,
+        without=("sharded",),
     ),
     "connected": Quantity(lambda net, p, x: net.connected(p, x, *flips(x)), all_flipped),
+    "at_configurations": Quantity(
+        at_flips, all_flipped, without=("on_an_explicit_mesh", "exported"), of_layers=True
+    ),
     "laplacian": Quantity(lambda net, *args: tuple(net.laplacian(*args)), derivatives),
-    "natural_gradient": Quantity(step, parameter_space_step, of_samples=False),
+    "natural_gradient": Quantity(step, parameter_space_step, without=("sharded",)),
 }
 
 
@@ -194,8 +219,15 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(layers, "_BLOCK_ENTRIES", 2 * SITES * 4)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("quantity", QUANTITIES)
+@pytest.mark.parametrize(
+    ("quantity", "name"),
+    [
+        (quantity, name)
+        for quantity in QUANTITIES
+        for name in NETWORKS
+        if name in WITHOUT_PARAMETERS or not QUANTITIES[quantity].of_layers
+    ],
+)
 def test_networks(quantity, name):
     net, params = network(name), random_params(name)
     ours = jax.jit(functools.partial(QUANTITIES[quantity].ours, net))(params, net.x)
@@ -262,17 +294,34 @@ CASES = [
     pytest.param(q, c, marks=[pytest.mark.slow] * (c == "debugged"))
     for q in QUANTITIES
     for c in CIRCUMSTANCES
-    if QUANTITIES[q].of_samples or c != "sharded"
+    if c not in QUANTITIES[q].without
 ]
 
 
 @pytest.mark.parametrize(("quantity", "circumstance"), CASES)
 def test_circumstances(quantity, circumstance):
-    """Of a network whose activation has a parameter, of another dtype."""
-    name = "own parameter"
+    """Of a network whose activation has a parameter, of another dtype, where that may be."""
+    name = "half precision" if QUANTITIES[quantity].of_layers else "own parameter"
     ours = functools.partial(QUANTITIES[quantity].ours, network(name))
     found = CIRCUMSTANCES[circumstance](ours, random_params(name), network(name).x)
     assert_equal(found, quantity, name)
+
+
+@pytest.mark.parametrize("circumstance", CIRCUMSTANCES)
+def test_kernel_plan(circumstance):
+    """Is the same everywhere: it looks at shapes alone."""
+    net, params = network("own parameter"), random_params("own parameter")
+    plans = []
+
+    def planned(params, x):
+        plans.append(haiku_mlp.kernel_plan(net.forward, params, x))
+        return x
+
+    CIRCUMSTANCES[circumstance](planned, params, net.x)
+    assert {route.path for route in plans[0] if route.route == "gram"} == {
+        f"['mlp/block/linear_{i}']['{name}']" for i in range(3) for name in "bw"
+    }
+    assert plans[0] == haiku_mlp.kernel_plan(net.forward, params, net.x)
 
 
 @pytest.mark.parametrize("method", ["tangent_kernel", "connected", "laplacian"])

@@ -720,6 +720,22 @@ def test_tangent_kernel():
     assert_close(model.tangent_kernel(X), expected, 1e-12)
 
 
+def test_tangent_kernel_counts_the_parameters_of_activations():
+    def slopes(z):
+        shape = (1, z.shape[-1])
+        return jnp.tanh(z * hk.get_parameter("slopes", shape, z.dtype, jnp.ones))
+
+    def activation(z):
+        return hk.to_module(slopes)()(jnp.atleast_2d(z)).reshape(z.shape)
+
+    model = make_mlp(hidden_activations=activation)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    assert len(jax.tree.leaves(params)) == 5
+    jacobian = jax.jacobian(lambda params: nnx.merge(graph, params, rest)(X))(params)
+    rows = jnp.concatenate([a.reshape(len(X), -1) for a in jax.tree.leaves(jacobian)], 1)
+    assert_close(model.tangent_kernel(X), rows @ rows.T, 1e-12)
+
+
 @pytest.mark.slow
 def test_tangent_kernel_of_any_model():
     model = make_net()

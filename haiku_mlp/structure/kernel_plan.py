@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from haiku_mlp.structure.network import Network
 
@@ -41,8 +42,8 @@ def kernel_plan(function: Callable[[Any, Any], jax.Array], params: Any, x: Any) 
 
     Args:
       function: As for :func:`tangent_kernel`.
-      params: The parameters, a tree.
-      x: Inputs ``(B, ...)``, or a tree of them.
+      params: The parameters, a tree; shapes are enough.
+      x: Inputs ``(B, ...)``, or a tree of them; shapes are enough.
 
     Example::
 
@@ -63,9 +64,14 @@ def kernel_plan(function: Callable[[Any, Any], jax.Array], params: Any, x: Any) 
       ['mlp/~/linear_1']['b']  gram      1          1
       ['mlp/~/linear_1']['w']  gram      1          65
     """
-    network = Network(function, params, x)
+    shapes = jax.tree.map(_shape, (params, x))
+    network = Network(function, *shapes)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
     return KernelPlan(
         Route(paths[part.leaf], "gram" if part.is_gram else "jacobian", part.positions, part.cost)
         for part in network.parts
     )
+
+
+def _shape(a: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a))

@@ -42,7 +42,8 @@ def tangent_kernel(
     For ``T`` positions this takes ``T**2 (inputs + outputs)`` multiply-adds for each entry
     of the kernel, half of them by symmetry, where the derivatives take
     ``inputs * outputs``.  Each parameter goes the cheaper way: :func:`kernel_plan` shows
-    which.
+    which.  On an accelerator, where the time of many small products is that of their launches,
+    several positions go by the derivatives unless those are very large.
 
     The products are found in the program that JAX traces, so it does not matter of which
     class of which library a layer is: there is no list of layers to extend.  Parameters of
