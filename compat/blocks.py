@@ -83,7 +83,7 @@ class Perceptron(Mirrored):
 def _makes_modules(activation: Callable[..., Any]) -> bool:
     """Returns whether an activation may make Flax modules, tried out on a number."""
     if isinstance(activation, nn.Module):
-        return True
+        return False  # it has its place among the fields
     net = hk.transform(lambda z: activation(z))
     try:
         with no_flax_parent():  # so that none can be called
@@ -95,8 +95,6 @@ def _makes_modules(activation: Callable[..., Any]) -> bool:
 
 class Dense(Mirrored, nn.Dense, haiku=haiku_mlp.Linear):
     """An affine layer of the MLP: a ``flax.linen.Dense`` computed by Haiku."""
-
-    _compact = True
 
     @nn.nowrap
     def _names(self) -> Names:

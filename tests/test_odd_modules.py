@@ -1,5 +1,7 @@
 """Calls made twice, out of turn or under construction; modules that a call changes."""
 
+import functools
+
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -189,6 +191,25 @@ def test_flax_numbers_the_names(models):
     assert_identical(ours.apply(variables, X), theirs.apply(variables, X))
     table = ours.tabulate(KEY, X, console_kwargs=PLAIN)
     assert table == theirs.tabulate(KEY, X, console_kwargs=PLAIN)
+
+
+def test_a_row_alone():
+    """What Flax shows of a layer is a module of its own, with the values of its level."""
+    model, seen = compat.MLP(hidden_dims=(4,)), []
+
+    def interceptor(next_f, args, kwargs, context):
+        output = next_f(*args, **kwargs)
+        seen.append((context.module.path, context.module.clone(parent=None), args, output))
+        return output
+
+    variables = model.init(KEY, X)
+    with nn.intercept_methods(interceptor):
+        model.apply(variables, X)
+    assert len(seen) == 4
+    for path, module, args, output in seen:
+        params = functools.reduce(dict.__getitem__, path, variables["params"])
+        assert_identical(module.apply({"params": params}, *args), output)
+        assert jax.tree.structure(module.init(KEY, *args)["params"]) == jax.tree.structure(params)
 
 
 def test_captures_under_a_policy():
