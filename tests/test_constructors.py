@@ -142,6 +142,15 @@ def test_only_what_is_given_is_passed():
     assert [got(wrapped())[0], got(wrapped(config=3))[0]] == ["of gin", 3]
 
 
+def test_one_of_the_positional_arguments():
+    class Positional(Keeps):
+        def __init__(self, first=1, second=2, /, config=3):
+            super().__init__((first, second, config))
+
+    wrapped = compat.wrap(Positional)
+    assert got(wrapped(second=5))[0] == got(wrapped().clone(second=5))[0] == (1, 5, 3)
+
+
 def test_a_traced_argument(check_leaks):
     class Scale(hk.Module):
         def __init__(self, by):
@@ -186,7 +195,20 @@ def test_containers_are_copied():
     assert hash(model) == before
 
 
+class UserItems:
+    """Has entries and no hash, but is no mapping: as ``ml_collections.ConfigDict``."""
+
+    __hash__ = None
+
+    def __init__(self, entries):
+        self.entries = entries
+
+    def items(self):
+        return enumerate(self.entries)
+
+
 UNEQUAL = {
+    "items": (UserItems([1]), UserItems([2])),
     "order": ({"a": 1, "b": 2}, {"b": 2, "a": 1}),
     "list and tuple": ([1], (1,)),
     "list and tuple, deep": ({"a": [(1,)]}, {"a": [[1]]}),
@@ -493,6 +515,33 @@ def test_a_module_as_an_argument_is_shared():
         "Dense_0": SHAPES,
         "Outer_0": {"linear": HAIKU_SHAPES},
     }
+
+
+def keyed(init):
+    return isinstance(haiku_mlp.initializers.as_haiku_initializer(init), haiku_mlp.JaxInitializer)
+
+
+@pytest.mark.parametrize(
+    ("init", "wants_key"),
+    [
+        (jax.nn.initializers.normal(), True),
+        (jax.nn.initializers.zeros, True),
+        (haiku_mlp.JaxInitializer(jax.nn.initializers.zeros), True),
+        (hk.initializers.Constant(1), False),
+        (jnp.zeros, False),
+        (lambda key, shape: jnp.zeros(shape), True),
+        (lambda rng, shape: jnp.zeros(shape), True),
+        (lambda k, s, d: jnp.zeros(s, d), True),
+        (lambda s, d: jnp.zeros(s, d), False),
+        (lambda shape, dtype, more=None: jnp.zeros(shape, dtype), False),
+        (lambda *args: jnp.zeros(*args[1:]), True),
+        (lambda shape, *, key=None, more=None: jnp.zeros(shape), False),
+        (lambda: None, False),
+        (max, True),  # has no signature
+    ],
+)
+def test_which_initializers_want_a_key(init, wants_key):
+    assert keyed(init) is keyed(init) is wants_key
 
 
 def test_repr_of_haiku_models():

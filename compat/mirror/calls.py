@@ -98,11 +98,11 @@ class Calls:
     def watched(self) -> Iterator[None]:
         """Returns the context of the run; it is entered where the Haiku code starts."""
         self.place = Place()
-        token = _running.set(self)
+        token, sending = _running.set(self), contextlib.nullcontext()
+        if self._is_sending:
+            sending = hk.intercept_methods(self._intercept)
         try:
-            with contextlib.ExitStack() as stack:
-                if self._is_sending:
-                    stack.enter_context(hk.intercept_methods(self._intercept))
+            with sending:
                 yield
         finally:
             _running.reset(token)
