@@ -58,7 +58,8 @@ class Perceptron(Mirrored):
     def _is_shared(self, scope: Scope) -> bool:
         activations = (*for_each_layer(self.hidden_activations, 1), self.output_activation)
         makes_modules = any(map(_makes_modules, filter(callable, activations)))
-        return not self._is_face or bool(scope.reservations) or makes_modules
+        is_subclass = "_haiku" not in vars(type(self))  # whose methods may make modules, too
+        return is_subclass or bool(scope.reservations) or makes_modules
 
     @nn.nowrap
     def _row(self, module: hk.Module | type[hk.Module], parent: Any, name: str) -> Mirrored:

@@ -25,12 +25,9 @@ class Mirrored(nn.Module):
 
     # Whether the methods are compact: Flax names what is in them.
     _compact = False
-    # Whether all methods are those of the Haiku class; a user's subclass may have others.
-    _is_face = False
 
     @classmethod
     def __init_subclass__(cls, haiku: type[hk.Module] | None = None, **kwargs: Any) -> None:
-        cls._is_face = haiku is not None
         for name, method in ({} if haiku is None else public_methods(haiku)).items():
             if name not in vars(cls):
                 flax_method = run_method(name, method)

@@ -164,11 +164,11 @@ class Run:
         _, parent = self._rows.get(name.rpartition("/")[0], (None, None))
         if not path:
             row = self._host  # which is under construction, and calls a method of its own
-        elif parent is None or not self._compact or self._values.knows(path):
+        elif parent is None or not self._compact or path in self._values.scopes:
             row = self._make_row(module, self._values.scope(name), path[-1])
         else:
             row = self._make_row(module, parent, path[-1])
-            self._values.adopt(path, row.scope)
+            self._values.scopes[path] = row.scope
         self._rows[name] = module, row
         return row
 
@@ -182,8 +182,8 @@ class Run:
         for name in self.calls.classes:
             self._values.scope(name)
         names = {path(name): name for name in self.calls.classes}
-        shown = {path(name) for name in self._rows}
-        for level, scope in self._values.levels():
+        shown = {(), *(path(name) for name in self._rows)}
+        for level, scope in list(self._values.scopes.items()):
             if level not in shown:
                 hk_cls = self.calls.classes.get(names.get(level, ""), NameScope)
                 self._make_row(hk_cls, scope, level[-1]).inside_transform()

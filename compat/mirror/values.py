@@ -30,6 +30,8 @@ class Values:
       names: How Haiku's names read in it.
       load: Whether Haiku's frame gets the values before the code runs.  Otherwise each is
         looked up when the code asks for it, in the scope that its module has by then.
+
+    ``scopes`` has the Flax scope of each level in use, by its path.
     """
 
     place: Place
@@ -37,7 +39,7 @@ class Values:
     def __init__(self, scope: Scope, names: Names, *, load: bool):
         self.names = names
         self._root = scope
-        self._scopes: dict[Path, Scope] = {(): scope}
+        self.scopes: dict[Path, Scope] = {(): scope}
         self._found: dict[str, HaikuTree] = {"params": {}, "state": {}}
         self._created: dict[str, Any] = {}
         self._written: set[str] = set()
@@ -55,24 +57,12 @@ class Values:
         """Returns the Flax scope of the Haiku module with this name."""
         path = self.names.path(module_name)
         for depth, part in enumerate(path, start=1):
-            if path[:depth] not in self._scopes:
-                parent = self._scopes[path[: depth - 1]]
+            if path[:depth] not in self.scopes:
+                parent = self.scopes[path[: depth - 1]]
                 if None not in parent.reservations.get(part, {None}):
                     raise _name_clash(module_name, part, parent)
-                self._scopes[path[:depth]] = parent.push(part, reuse=True)
-        return self._scopes[path]
-
-    def knows(self, path: Path) -> bool:
-        """Returns whether the level at ``path`` has a scope already."""
-        return path in self._scopes
-
-    def adopt(self, path: Path, scope: Scope) -> None:
-        """Takes the scope that Flax made for the module at ``path``."""
-        self._scopes[path] = scope
-
-    def levels(self) -> list[tuple[Path, Scope]]:
-        """Returns the paths that were in use, with their scopes."""
-        return [item for item in self._scopes.items() if item[0]]
+                self.scopes[path[:depth]] = parent.push(part, reuse=True)
+        return self.scopes[path]
 
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
@@ -195,7 +185,7 @@ class Values:
         name = context.full_name.removeprefix(f"{module_name}/")  # may have a slash itself
         scope, key = self.scope(module_name), self.names.key(collection, module_name, name)
         is_there = scope.has_variable(collection, key)
-        if is_there and (*self.names.path(module_name), key) in self._scopes:
+        if is_there and (*self.names.path(module_name), key) in self.scopes:
             raise _name_clash(context.full_name, key, scope)
         return scope, key, is_there
 
