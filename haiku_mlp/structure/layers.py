@@ -11,8 +11,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from haiku_mlp.arguments import Activation
 from haiku_mlp.linear import affine
 
-# Entries of the largest array that stays in the cache of a CPU core (2 MB of float64).
-_BLOCK_ENTRIES = 2**18
+# Entries of the largest array (512 KB of float64): the few in use at once fit a CPU core's cache.
+_BLOCK_ENTRIES = 2**16
 
 
 class Layer(NamedTuple):
