@@ -163,6 +163,40 @@ def test_structured_again_changes_the_screening_alone():
     assert jax.tree.structure(structured(again)) == jax.tree.structure(sampler)
 
 
+@pytest.mark.parametrize(
+    "stock",
+    [
+        nk.sampler.MetropolisLocal(SPINS, n_chains=4, sweep_size=3, dtype=float),
+        nk.sampler.MetropolisExchange(ZERO, graph=CHAIN, reset_chains=True),
+        nk.sampler.MetropolisHamiltonian(
+            SPINS, hamiltonian=nk.operator.IsingJax(SPINS, CHAIN, h=1.0), machine_pow=1.5
+        ),
+        nk.sampler.MetropolisFermionHop(FERMIONS, graph=HALF_CHAIN, n_chains_per_rank=2),
+    ],
+    ids=lambda stock: type(stock.rule).__name__,
+)
+def test_constructors(stock):
+    """All that NetKet's constructors set is set, and nothing else but the screening."""
+    ours, expected = vars(structured(stock)), vars(stock) | {"screened": False}
+    assert set(ours) == set(expected)
+    for name, value in expected.items():
+        assert jax.tree.all(jax.tree.map(np.array_equal, ours[name], value)), name
+
+
+def test_equal_samplers_share_a_program():
+    traced = []
+
+    @jax.jit
+    def number_of_chains(sampler):
+        traced.append(sampler.screened)
+        return sampler.machine_pow * sampler.n_chains
+
+    stock = nk.sampler.MetropolisLocal(SPINS, n_chains=4)
+    for screened in (False, False, True):
+        number_of_chains(structured(stock, screened=screened))
+    assert traced == [False, True]
+
+
 class TestState:
     stock = nk.sampler.MetropolisLocal(SPINS, n_chains=4)
     model = compat.MLP(hidden_dims=(5,))
