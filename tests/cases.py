@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import netket as nk
 import numpy as np
+import pytest
 
 import compat
 
@@ -24,6 +25,16 @@ def x64(enabled):
 def split_gelu(z):
     """gelu of real and imaginary part apart."""
     return jax.lax.complex(jax.nn.gelu(z.real), jax.nn.gelu(z.imag))
+
+
+def all_but(slow, names):
+    """The names as parameters of a test, those in ``slow`` marked as such."""
+    return [pytest.param(n, marks=[pytest.mark.slow] * (n in slow)) for n in names]
+
+
+def first(quick, names):
+    """The names as parameters of a test, those not in ``quick`` marked slow."""
+    return all_but([name for name in names if name not in quick], names)
 
 
 FACES = {

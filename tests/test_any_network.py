@@ -2,6 +2,7 @@
 
 import functools
 
+import cases
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -215,7 +216,10 @@ def _rank_promotion():
         yield
 
 
-@pytest.mark.parametrize("name", LINEN)
+QUICK = {"complex RBM", "compat.MLP", "tied", "shared", "attention", "scan", "not_holomorphic"}
+
+
+@pytest.mark.parametrize("name", cases.first(QUICK, LINEN))
 def test_flax_models(name):
     """The kernel of one batch, and of two."""
     apply, variables = linen(name)
@@ -289,7 +293,10 @@ def test_chunks(name, y):
     assert_close(jax.jit(chunked)(variables, X, y), whole, 1e-13)
 
 
-@pytest.mark.parametrize("name", ["RBM", "complex RBM", "shared", "attention", "not_holomorphic"])
+@pytest.mark.parametrize(
+    "name",
+    cases.first({"shared"}, ["RBM", "complex RBM", "shared", "attention", "not_holomorphic"]),
+)
 def test_centered(name):
     apply, variables = linen(name)
     function = real_outputs(apply)
@@ -303,7 +310,7 @@ def test_centered(name):
     assert_close(*jax.jit(both)(variables), 1e-12)
 
 
-@pytest.mark.parametrize("chunk_size", [None, 3])
+@pytest.mark.parametrize("chunk_size", cases.first({None}, [None, 3]))
 def test_centered_in_single_precision(chunk_size):
     """Where derivatives hardly vary the factors are centred, not the finished kernel."""
     rng = np.random.default_rng(0)

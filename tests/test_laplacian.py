@@ -2,6 +2,7 @@
 
 import itertools
 
+import cases
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -92,7 +93,7 @@ def test_sizes_and_weights(sizes, with_weights):
 @pytest.mark.parametrize(
     ("features", "num_features"), [(waves, 14), (distances, 9)], ids=["waves", "distances"]
 )
-@pytest.mark.parametrize("with_weights", [False, True])
+@pytest.mark.parametrize("with_weights", cases.first({True}, [False, True]))
 def test_features(features, num_features, activation, with_weights):
     layers, x = network(num_features, 3, 2, activation=activation), inputs(6)
     weights = WEIGHTS[:6] if with_weights else None
@@ -161,7 +162,10 @@ MIXING = {
 }
 
 
-@pytest.mark.parametrize("name", ELEMENTWISE)
+QUICK = {"a slope a unit", "parts", "compiled", "branches", "a scan"}
+
+
+@pytest.mark.parametrize("name", cases.first(QUICK, ELEMENTWISE))
 def test_elementwise_activations(name):
     layers, x = network(4, 3, 3, 1, activation=ELEMENTWISE[name]), inputs(4)
     assert_same(layers, x)

@@ -85,7 +85,7 @@ class TestConfigurations:
         y[1, 2, :num_changes] = -x[1, :num_changes]
         return jnp.asarray(x, dtype), jnp.asarray(y, dtype)
 
-    @pytest.mark.parametrize("num_changes", [0, 1, 2, 3, 4, 5])
+    @pytest.mark.parametrize("num_changes", cases.first({0, 2, 5}, range(6)))
     @pytest.mark.parametrize("block_size", [None, 4])
     def test_equal_the_full_evaluation(self, num_changes, block_size):
         network, (x, y) = self.network(), self.configurations(num_changes)
@@ -119,7 +119,10 @@ class TestConfigurations:
         )
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+QUICK = {"ising", "heisenberg", "diagonal", "five_sites"}
+
+
+@pytest.mark.parametrize("name", cases.first(QUICK, OPERATORS))
 def test_operators(name):
     operator = OPERATORS[name]
     ours, stock = pair(MODELS["real"], hilbert=operator.hilbert)
@@ -142,7 +145,7 @@ def test_models(name):
 class TestCalls:
     """What NetKet computes from local values, of a state in chunks or not."""
 
-    @pytest.mark.parametrize("chunk_size", [None, 32, 8])
+    @pytest.mark.parametrize("chunk_size", cases.first({None, 8}, [None, 32, 8]))
     def test_energy_and_gradient(self, chunk_size):
         ours, stock = pair(MODELS["real"], chunk_size=chunk_size)
         (energy, gradient), (expected, expected_gradient) = (

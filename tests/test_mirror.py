@@ -7,6 +7,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import pytest
+from cases import all_but, first
 from comparison import assert_identical, lowered_text, root_key
 from flax import traverse_util
 from flax.core import tracers
@@ -33,11 +34,6 @@ def norm(outputs):
 
 def abstract(tree):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
-
-
-def slow(cases):
-    """Returns all cases, those of ``cases`` marked slow."""
-    return [pytest.param(name, marks=[pytest.mark.slow] * (name in cases)) for name in CASES]
 
 
 def faces(name):
@@ -110,7 +106,7 @@ def test_programs(name):
     assert program == lowered_text(theirs, params, state, key, x)
 
 
-@pytest.mark.parametrize("name", slow(CASES.keys() - {"keys", "lift"}))
+@pytest.mark.parametrize("name", first({"keys", "lift"}, CASES))
 def test_values(name):
     """The same, run."""
     model, net, x = faces(name)
@@ -188,7 +184,7 @@ def test_table(name):
     check_table(name)
 
 
-@pytest.mark.parametrize("name", slow(LARGE))
+@pytest.mark.parametrize("name", all_but(LARGE, CASES))
 def test_table_with_flops(name):
     check_table(name, compute_flops=True, compute_vjp_flops=name != "Embed")
 

@@ -2,6 +2,7 @@
 
 import functools
 
+import cases
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -52,12 +53,7 @@ STATES = {
 }
 
 
-QUICK = {"real"}
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in STATES]
-)
+@pytest.mark.parametrize("name", cases.first({"real"}, STATES))
 def test_state(name):
     """Initial weights, energy with its gradient, and steps of VMC with SR."""
     state, fields = STATES[name]

@@ -119,17 +119,10 @@ GRADIENTS = {
     "complex, split": {"param_dtype": complex, "hidden_activations": split_gelu},
     "one layer": {"hidden_dims": None, "use_output_bias": True},
 }
-QUICK = {("haiku", "complex, split")}
 
 
-@pytest.mark.parametrize(
-    ("face", "name"),
-    [
-        pytest.param(face, name, marks=[pytest.mark.slow] * ((face, name) not in QUICK))
-        for face in FACES
-        for name in GRADIENTS
-    ],
-)
+@pytest.mark.parametrize("face", cases.first({"haiku"}, FACES))
+@pytest.mark.parametrize("name", cases.first({"complex, split"}, GRADIENTS))
 def test_gradients(face, name):
     """First and second order, forward and reverse, by the weights and by the inputs."""
     weights, apply = FACES[face](**{"hidden_dims": (3, 2), **GRADIENTS[name]})

@@ -2,6 +2,7 @@
 
 import pickle
 
+import cases
 import flax
 import jax
 import jax.numpy as jnp
@@ -89,11 +90,20 @@ def assert_same_chain(sampler, model, **options):
     assert 0 < state.n_accepted < state.n_steps
 
 
-@pytest.mark.parametrize(
-    ("name", "screened"),
-    [*((name, False) for name in RULES), ("fock", True), ("exchange", True), ("multiple", True)],
-)
-def test_rules(name, screened):
+QUICK = {"local", "fock", "exchange", "hamiltonian", "multiple"}
+
+
+@pytest.mark.parametrize("name", cases.first(QUICK, RULES))
+def test_rules(name):
+    check_rule(name, screened=False)
+
+
+@pytest.mark.parametrize("name", cases.first({"exchange"}, ["fock", "exchange", "multiple"]))
+def test_screened(name):
+    check_rule(name, screened=True)
+
+
+def check_rule(name, screened):
     hilbert, rule = RULES[name]
     sampler = nk.sampler.MetropolisSampler(hilbert, rule, n_chains=4)
     assert_same_chain(sampler, compat.MLP(**MODELS["real"]), screened=screened)
@@ -109,19 +119,18 @@ def test_models(name, screened):
     assert_same_chain(sampler, compat.MLP(**MODELS[name]), screened=screened)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"dtype": float},
-        {"dtype": jnp.float32},
-        {"machine_pow": 1.5},
-        {"sweep_size": 3},
-        {"reset_chains": True},
-    ],
-    ids=str,
-)
-def test_options_of_the_sampler(options):
-    sampler = nk.sampler.MetropolisLocal(SPINS, n_chains=4, **options)
+OPTIONS = {
+    "float64": {"dtype": float},
+    "float32": {"dtype": jnp.float32},
+    "power": {"machine_pow": 1.5},
+    "sweep": {"sweep_size": 3},
+    "reset": {"reset_chains": True},
+}
+
+
+@pytest.mark.parametrize("name", cases.first({"float32", "power"}, OPTIONS))
+def test_options_of_the_sampler(name):
+    sampler = nk.sampler.MetropolisLocal(SPINS, n_chains=4, **OPTIONS[name])
     assert_same_chain(sampler, compat.MLP(**MODELS["real"]))
 
 

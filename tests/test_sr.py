@@ -107,14 +107,10 @@ def test_local_energies_of_any_model_in_chunks(monkeypatch):
 
 
 QUICK = {"real", "not_holomorphic"}
-STEPS = [
-    pytest.param(name, mode, marks=[pytest.mark.slow] * (name not in QUICK))
-    for name in MODELS
-    for mode in (None, "real", "complex")
-]
 
 
-@pytest.mark.parametrize(("name", "mode"), STEPS)
+@pytest.mark.parametrize("mode", cases.first({"real", "complex"}, [None, "real", "complex"]))
+@pytest.mark.parametrize("name", cases.first(QUICK, MODELS))
 def test_step_equals_netkets(name, mode):
     state = state_of(compat.MLP(**MODELS[name]))
     energy, step = natural_gradient(state, HAMILTONIAN, 1e-3, mode=mode)
@@ -204,16 +200,7 @@ OF_OTHERS = {
 }
 
 
-OF_OTHERS_NOW = {"complex RBM", "envelope", "NNX"}
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name not in OF_OTHERS_NOW))
-        for name in OF_OTHERS
-    ],
-)
+@pytest.mark.parametrize("name", OF_OTHERS)
 @pytest.mark.slow
 def test_step_of_any_model(name):
     state = state_of(OF_OTHERS[name]())
