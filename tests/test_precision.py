@@ -1,11 +1,11 @@
 """Every precision, and derivatives against finite differences."""
 
+import cases
 import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import split_gelu
 from jax.test_util import check_grads
 
 import compat
@@ -116,7 +116,7 @@ GRADIENTS = {
     "gelu": {},
     "tanh": {"hidden_activations": jnp.tanh, "output_activation": jnp.sin},
     "complex, holomorphic": {"param_dtype": complex, "hidden_activations": jnp.tanh},
-    "complex, split": {"param_dtype": complex, "hidden_activations": split_gelu},
+    "complex, split": {"param_dtype": complex, "hidden_activations": cases.split_gelu},
     "one layer": {"hidden_dims": None, "use_output_bias": True},
 }
 
