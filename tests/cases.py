@@ -27,14 +27,9 @@ def split_gelu(z):
     return jax.lax.complex(jax.nn.gelu(z.real), jax.nn.gelu(z.imag))
 
 
-def all_but(slow, names):
-    """The names as parameters of a test, those in ``slow`` marked as such."""
-    return [pytest.param(n, marks=[pytest.mark.slow] * (n in slow)) for n in names]
-
-
 def first(quick, names):
     """The names as parameters of a test, those not in ``quick`` marked slow."""
-    return all_but([name for name in names if name not in quick], names)
+    return [pytest.param(n, marks=[pytest.mark.slow] * (n not in quick)) for n in names]
 
 
 FACES = {

@@ -757,7 +757,7 @@ def test_tangent_kernel_of_any_model():
 # NetKet.
 
 
-@pytest.mark.parametrize("driver", [nk.driver.VMC_SR, MinSR])
+@pytest.mark.parametrize("driver", [pytest.param(nk.driver.VMC_SR, marks=pytest.mark.slow), MinSR])
 def test_netket(driver):
     hilbert = nk.hilbert.Spin(0.5, 4)
     hamiltonian = nk.operator.Ising(hilbert, nk.graph.Chain(4), h=1.0)

@@ -22,9 +22,20 @@ def faces(request):
     return compat.MLP(**cases.GOOD[request.param]), theirs, haiku
 
 
-@pytest.mark.parametrize("x", cases.INPUTS.values(), ids=cases.INPUTS)
-def test_programs_of_faces(faces, x):
+def test_programs_of_faces(faces):
     """The same to the letter: from any key and any weights they compute the same."""
+    check_programs(faces, cases.INPUTS["batch"])
+
+
+@pytest.mark.parametrize(
+    "faces", cases.first({"complex", "float32", "two_layers"}, cases.GOOD), indirect=True
+)
+@pytest.mark.parametrize("x", cases.INPUTS.values(), ids=cases.INPUTS)
+def test_programs_of_inputs(faces, x):
+    check_programs(faces, x)
+
+
+def check_programs(faces, x):
     ours, theirs, haiku = faces
 
     def haiku_apply(variables, x):
