@@ -517,6 +517,13 @@ def test_a_module_as_an_argument_is_shared():
     }
 
 
+class NoHash:
+    __hash__ = None
+
+    def __call__(self, key, shape, dtype):
+        return jnp.zeros(shape, dtype)
+
+
 @pytest.mark.parametrize(
     ("init", "wants_key"),
     [
@@ -534,6 +541,7 @@ def test_a_module_as_an_argument_is_shared():
         (lambda shape, *, key=None, more=None: jnp.zeros(shape), False),
         (lambda: None, False),
         (max, True),  # has no signature
+        (NoHash(), True),
     ],
 )
 def test_which_initializers_want_a_key(init, wants_key):
