@@ -34,7 +34,9 @@ def min_sr(
 
     Args:
       kernel: Tangent kernel ``(B, B)``, for ``O`` outputs ``(B, B, O, O)``.  Integers are
-        taken as floats; half precision is computed in float32.
+        taken as floats; half precision is computed in float32.  In single precision give
+        ``tangent_kernel(..., centered=True)`` where ``centered`` is True, since the mean may
+        be much larger than the rest.
       residuals: ``(B,)``, for ``O`` outputs ``(B, O)``: twice the local energies for the
         energy of a wave function (its gradient has this factor), outputs minus targets
         for least squares.
