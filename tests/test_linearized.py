@@ -62,3 +62,19 @@ def test_kernel_and_derivatives(sizes, rows, monkeypatch):
         )
 
     assert_close(*both(weights(layers)), 1e-13)
+
+
+def test_kernel_in_single_precision():
+    """The factors are centred, not the finished kernel, which would lose 1e-4 of it here."""
+    rng = np.random.default_rng(0)
+    x = 1 + 0.02 * rng.normal(size=(10, 4))
+    layers = network(4, 5, 3)
+
+    def kernel(dtype):
+        cast = jax.tree.map(lambda a: a.astype(dtype), weights(layers))
+        at = Linearized(with_weights(layers, cast), jnp.asarray(x, jnp.float32).astype(dtype))
+        return at.centered_kernel()
+
+    ours, expected = kernel(jnp.float32), kernel(float)
+    assert ours.dtype == jnp.float32
+    assert_close(ours.astype(float), expected, 1e-5)

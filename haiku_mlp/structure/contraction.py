@@ -121,6 +121,11 @@ def without_means(inputs: tuple[jax.Array, ...], signals: tuple[jax.Array, ...])
     return hh * (dd + dn + nd + nn) + (hm + mh + mm) * dd + hm * nd + mh * dn
 
 
+def is_coarse(numbers: Any) -> bool:
+    """Returns whether a kernel of such numbers loses digits that matter when it is centred."""
+    return jnp.finfo(numbers.dtype).bits <= 32
+
+
 def centered_kernel(kernel: jax.Array) -> jax.Array:
     """Returns the kernel, which is Hermitian, without the means over its rows and columns."""
     of_rows = jnp.mean(kernel, 0, keepdims=True)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from haiku_mlp.linear import promote
-from haiku_mlp.structure.contraction import centered_kernel, without_means
+from haiku_mlp.structure.contraction import centered_kernel, is_coarse, without_means
 from haiku_mlp.structure.layers import Layer
 
 # A block of rows of a kernel is worth its overhead from this number on.
@@ -94,7 +94,7 @@ class Linearized:
 
 
 class _Differences(NamedTuple):
-    """Factors at samples less their mean."""
+    """Factors at samples less their mean, or less zero where the digits suffice."""
 
     values: jax.Array
     mean: jax.Array
@@ -103,7 +103,7 @@ class _Differences(NamedTuple):
 
     @classmethod
     def of(cls, factors: jax.Array, precision: Any) -> "_Differences":
-        mean = jnp.mean(factors, 0)
+        mean = jnp.mean(factors, 0) if is_coarse(factors) else jnp.zeros_like(factors[0])
         values = factors - mean[None]
         return cls(values, mean, jnp.matmul(values, mean, precision=precision), precision)
 

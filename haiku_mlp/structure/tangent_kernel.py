@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from haiku_mlp.structure.contraction import centered_kernel, contract
+from haiku_mlp.structure.contraction import centered_kernel, contract, is_coarse
 from haiku_mlp.structure.network import Network, ParameterDerivatives, Part
 
 
@@ -63,7 +63,8 @@ def tangent_kernel(
     instead of one as large as itself.  With :math:`h = \bar h + \eta` and
     :math:`\delta = \bar\delta + \epsilon` the difference of :math:`h \delta` from
     :math:`\bar h \bar\delta` needs no more products of matrices than before: those of
-    :math:`\eta` and :math:`\epsilon`, and vectors.
+    :math:`\eta` and :math:`\epsilon`, and vectors.  In double precision, which has the digits,
+    the kernel is centred when it is finished, in less time.
 
     Complex numbers.  If the network is holomorphic in its complex parameters, the
     derivatives are complex derivatives.  In general:
@@ -128,7 +129,7 @@ def _kernel(
     chunk_size: int | None,
     differences: bool,
 ) -> jax.Array:
-    """Returns the kernel of the derivatives, or of their differences from constant ones."""
+    """Returns the kernel of the derivatives, or of differences from the same for all samples."""
     params, x, y = jax.tree.map(jnp.asarray, (params, x, y))
     if y is not None:
         x, y = jax.tree.map(_promoted, x, y), jax.tree.map(_promoted, y, x)
@@ -138,6 +139,7 @@ def _kernel(
         chunk_size = None  # lax.map takes no empty batch
     params, x, y = _own((params, x, y))
     network = Network(function, params, x)
+    differences = differences and is_coarse(network.output)
     kernel = jnp.moveaxis(_real_kernel(network, x, y, chunk_size, differences), 2, 1)
     if jnp.iscomplexobj(network.output):
         real_rows, imag_rows = jnp.split(kernel, 2, 2)
