@@ -191,9 +191,7 @@ QUANTITIES = {
         without=("sharded",),
     ),
     "connected": Quantity(lambda net, p, x: net.connected(p, x, *flips(x)), all_flipped),
-    "at_configurations": Quantity(
-        at_flips, all_flipped, without=("on_an_explicit_mesh", "exported"), of_layers=True
-    ),
+    "at_configurations": Quantity(at_flips, all_flipped, of_layers=True),
     "laplacian": Quantity(lambda net, *args: tuple(net.laplacian(*args)), derivatives),
     "natural_gradient": Quantity(step, parameter_space_step, without=("sharded",)),
 }

@@ -5,9 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
 
 from haiku_mlp.structure import changes
-from haiku_mlp.structure.layers import Layer, forward
+from haiku_mlp.structure.layers import Layer, forward, map_samples
 
 # Numbers of changed entries for which there is a loop of its own, each a program to compile.
 _NUMBERS = (1, 2, 4)
@@ -23,7 +24,8 @@ def at_configurations(
     As ``forward(layers, y)``, in less time where they differ from ``x`` in few entries, as
     the configurations that an operator connects with a sample do.  Those equal to ``x`` are
     not evaluated, and where the others differ in at most 4 entries, and in at most one of
-    8, these alone pass the first layer (see :func:`haiku_mlp.structure.connected`).
+    8, these alone pass the first layer (see :func:`haiku_mlp.structure.connected`).  On a
+    mesh with Explicit axes and for symbolic sizes (``jax.export``) all are evaluated.
 
     It may be differentiated by the parameters and by ``y``, as often as is wanted, in the
     time that ``forward`` takes.
@@ -47,6 +49,9 @@ def at_configurations(
       >>> at_configurations((linear,), x, y)[0, :, 0].tolist()
       [-89.0, -91.0, 111.0]
     """
+    if _is_spread_or_symbolic(y):
+        most = y.shape[1] * max(layer.w.shape[-1] for layer in layers)
+        return map_samples(forward, layers, (y,), 1, entries=most)
 
     # Loops whose lengths depend on the data have no reverse mode of their own.
     @jax.custom_jvp
@@ -62,6 +67,11 @@ def at_configurations(
         return tuple(layer._replace(w=w, b=b) for layer, (w, b) in pairs)
 
     return outputs([(layer.w, layer.b) for layer in layers], x, y)
+
+
+def _is_spread_or_symbolic(y: jax.Array) -> bool:
+    axis_types = jax.typeof(y).sharding.mesh.axis_types
+    return AxisType.Explicit in axis_types or not all(isinstance(n, int) for n in y.shape)
 
 
 def _outputs(
