@@ -49,6 +49,7 @@ def at_configurations(
       >>> at_configurations((linear,), x, y)[0, :, 0].tolist()
       [-89.0, -91.0, 111.0]
     """
+    x, y = jnp.asarray(x), jnp.asarray(y)
     if _is_spread_or_symbolic(y):
         most = y.shape[1] * max(layer.w.shape[-1] for layer in layers)
         return map_samples(forward, layers, (y,), 1, entries=most)
