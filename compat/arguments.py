@@ -2,36 +2,27 @@
 
 import copy
 import dataclasses
-import functools
 import inspect
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from functools import cached_property, partial
+from itertools import count
 from typing import Any
 
 import haiku as hk
 import numpy as np
+from flax import linen as nn
+from flax.core import FrozenDict
 
 from .mirror.caching import per_class
 
-Replace = Callable[[Any], Any]
+Modules = Mapping[str, nn.Module]
 
 _signature = per_class(inspect.signature)
 _BY_POSITION = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL}
 
 
-@dataclasses.dataclass(frozen=True)
-class Slot:
-    """Stands for a Flax module among the arguments."""
-
-    argument: str
-    index: int
-
-    def content(self, modules: Mapping[str, Sequence[Any]]) -> Any:
-        """Returns the module."""
-        return modules[self.argument][self.index]
-
-    def __repr__(self) -> str:
-        return f"flax_modules[{self.argument!r}][{self.index}]"
+class Slot(str):
+    """Stands for a Flax module among the arguments: its key among the modules."""
 
 
 class Given:
@@ -44,36 +35,58 @@ class Given:
     them elsewhere does not matter.
     """
 
-    def __init__(self, hk_cls: type[hk.Module], arguments: Mapping[str, Any]):
-        self._class = hk_cls
-        self._arguments = copied(dict(arguments))
+    def __init__(self, hk_cls: type[hk.Module], arguments: dict[str, Any]):
+        self._class, self._arguments = hk_cls, arguments
 
-    def arguments(self, replace: Replace) -> dict[str, Any]:
-        """Returns the arguments, ``replace`` done to all in them that is no container."""
-        return copied(self._arguments, replace)
+    @classmethod
+    def split(cls, hk_cls: type[hk.Module], arguments: dict[str, Any]) -> tuple["Given", Modules]:
+        """Returns the arguments with slots in place of Flax modules, and the modules."""
+        modules: dict[str, nn.Module] = {}
 
-    def with_defaults(self) -> dict[str, Any]:
-        """Returns all arguments, those by default too."""
-        return _bound(self._class, self._arguments, defaults=True).arguments
+        def put(slots: Iterator[Slot], leaf: Any) -> Any:
+            if not isinstance(leaf, nn.Module):
+                return leaf
+            modules[slot := next(slots)] = leaf
+            return slot
 
-    def value(self, name: str) -> Any:
+        kept = {
+            name: copied(value, partial(put, (Slot(f"{name}_{i}") for i in count())))
+            for name, value in arguments.items()
+        }
+        return cls(hk_cls, kept), FrozenDict(modules)
+
+    def arguments(self, modules: Modules) -> dict[str, Any]:
+        """Returns the arguments, with the modules in their slots."""
+        return copied(self._arguments, lambda v: modules[v] if isinstance(v, Slot) else v)
+
+    def value(self, name: str, modules: Modules) -> Any:
         """Returns one argument, its default if it was not given."""
         field = getattr(self._class, "__dataclass_fields__", {}).get(name)
-        if name in self._arguments or field is None or field.default_factory is dataclasses.MISSING:
-            return self.with_defaults()[name]
-        return field.default_factory()
+        factory = getattr(field, "default_factory", None)
+        if name not in self._arguments and callable(factory):
+            return factory()
+        return copied(self._bound(self.arguments(modules), defaults=True).arguments[name])
 
-    def construct(self, name: str, replace: Replace) -> hk.Module:
+    def construct(self, name: str, modules: Modules) -> hk.Module:
         """Returns a new Haiku module, ``name`` given to a class that needs one."""
+        arguments = self.arguments(modules)
         parameter = _signature(self._class).parameters.get("name")
-        needs_name = parameter is not None and parameter.default is parameter.empty
-        needed = {"name": name} if needs_name else {}
-        bound = _bound(self._class, self.arguments(replace) | needed)
+        if parameter is not None and parameter.default is parameter.empty:
+            arguments["name"] = name
+        bound = self._bound(arguments)
         return self._class(*bound.args, **bound.kwargs)
 
-    @functools.cached_property
+    def _bound(self, arguments: Any, defaults: bool = False) -> inspect.BoundArguments:
+        """Returns arguments as they are passed to the constructor."""
+        bound = inspect.BoundArguments(_signature(self._class), arguments)
+        kinds = {bound.signature.parameters[name].kind for name in arguments}
+        if defaults or kinds & _BY_POSITION:
+            bound.apply_defaults()
+        return bound
+
+    @cached_property
     def _view(self) -> Any:
-        return self._class, _view(self.with_defaults())
+        return self._class, _view(self._bound(self._arguments, defaults=True).arguments)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Given) and self._view == other._view
@@ -92,22 +105,11 @@ class Given:
         return self
 
 
-def _bound(
-    hk_cls: type[hk.Module], arguments: Mapping[str, Any], defaults: bool = False
-) -> inspect.BoundArguments:
-    """Returns arguments by name as they are passed to the constructor."""
-    signature = _signature(hk_cls)
-    bound = inspect.BoundArguments(signature, {**arguments})
-    if defaults or any(signature.parameters[name].kind in _BY_POSITION for name in arguments):
-        bound.apply_defaults()
-    return bound
-
-
-def copied(value: Any, replace: Replace = lambda leaf: leaf) -> Any:
+def copied(value: Any, replace: Callable[[Any], Any] = lambda leaf: leaf) -> Any:
     """Copies dicts, lists, tuples and sets, ``replace`` done to all else in them."""
     if type(value) in (list, tuple):
         return type(value)(copied(entry, replace) for entry in value)
-    if type(value) in (dict, OrderedDict, defaultdict):
+    if isinstance(value, dict):
         new = copy.copy(value)
         new.update({key: copied(entry, replace) for key, entry in value.items()})
         return new
@@ -117,14 +119,14 @@ def copied(value: Any, replace: Replace = lambda leaf: leaf) -> Any:
 def _view(value: Any) -> Any:
     """Returns what stands for a value in comparisons: hashable, with all types in it."""
     content = value
-    if isinstance(value, Mapping) or hasattr(type(value), "items"):
-        content = tuple((_view(key), _view(entry)) for key, entry in value.items())
-    elif isinstance(value, list | tuple):
-        content = tuple(map(_view, value))
+    if isinstance(value, np.ndarray):
+        content = value.dtype, value.shape, value.tobytes()
     elif isinstance(value, set | frozenset):
         content = frozenset(map(_view, value))
-    elif isinstance(value, np.ndarray):
-        content = value.dtype, value.shape, value.tobytes()
+    elif isinstance(value, list | tuple):
+        content = tuple(map(_view, value))
+    elif hasattr(type(value), "items"):
+        content = _view(tuple(value.items()))
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         content = tuple(_view(getattr(value, field.name)) for field in dataclasses.fields(value))
     elif not isinstance(value, Hashable):

@@ -2,23 +2,20 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import haiku as hk
 import jax
 from flax import linen as nn
-from flax.core import FrozenDict
 
-from .arguments import Given, Slot, copied
+from .arguments import Given, Modules
 from .mirror.caching import per_class
 from .mirror.calls import public_methods
 from .mirror.names import Names
 from .mirror.rows import Mirrored
 
-Modules = Mapping[str, tuple[nn.Module, ...]]
-NO_MODULES: Modules = FrozenDict()
+_OF_FLAX = "parent", "name"
 
 
 class Wrapped(Mirrored):
@@ -33,7 +30,7 @@ class Wrapped(Mirrored):
 
     haiku_arguments: Given
     # Those of the arguments that are Flax modules: Flax looks for submodules in fields.
-    flax_modules: Modules = dataclasses.field(default=NO_MODULES, repr=False)
+    flax_modules: Modules = dataclasses.field(repr=False)
 
     @classmethod
     def __init_subclass__(cls, haiku: type[hk.Module] | None = None, **kwargs: Any) -> None:
@@ -46,10 +43,9 @@ class Wrapped(Mirrored):
 
     @nn.nowrap
     def __getattr__(self, name: str) -> Any:
-        if name not in self._arguments or "haiku_arguments" not in vars(self):
+        if name not in self._arguments:
             return super().__getattr__(name)
-        value = self.haiku_arguments.value(self._arguments[name])
-        return copied(value, _filling(self.flax_modules))
+        return self.haiku_arguments.value(self._arguments[name], self.flax_modules)
 
     @nn.nowrap
     def _names(self) -> Names:
@@ -61,14 +57,13 @@ class Wrapped(Mirrored):
     @nn.nowrap
     def _haiku(self) -> hk.Module:
         name = self.name or self._haiku_class.__name__.lower()
-        return self.haiku_arguments.construct(name, _filling(self.flax_modules))
+        return self.haiku_arguments.construct(name, self.flax_modules)
 
     @nn.nowrap
     def __reduce__(self) -> tuple[Any, ...]:
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
         is_made_by_wrap = type(self) is _flax_class(self._haiku_class)
         cls = self._haiku_class if is_made_by_wrap else type(self)
-        return _rebuild, (cls, {**fields, "parent": None})
+        return _rebuild, (cls, self.haiku_arguments, self.flax_modules, self.name)
 
 
 def wrap(hk_cls: type[hk.Module]) -> type[Mirrored]:
@@ -108,10 +103,10 @@ def wrap(hk_cls: type[hk.Module]) -> type[Mirrored]:
       {'params': {'b': (3,), 'w': (4, 3)}}
     """
     if not (isinstance(hk_cls, type) and issubclass(hk_cls, hk.Module)):
-        advice = "give a function to HaikuFunction"
-        if isinstance(hk_cls, hk.Module):
-            advice = f"give the class first, wrap({type(hk_cls).__name__})(...)"
-        raise TypeError(f"wrap takes a subclass of hk.Module, got {hk_cls!r}: {advice}")
+        raise TypeError(
+            f"wrap takes a subclass of hk.Module, got {hk_cls!r}: give the class first, "
+            "wrap(hk.Linear)(3), and a function to HaikuFunction"
+        )
     return _flax_class(hk_cls)
 
 
@@ -148,75 +143,44 @@ def haiku_method(name: str) -> Callable[..., Any]:
 
 
 def _signature(hk_cls: type[hk.Module]) -> tuple[dict[str, str], inspect.Signature]:
-    """Returns the signature of the Flax class, and what its parameters are called in Haiku."""
+    """Returns what the parameters of the Flax class are called in Haiku, and its signature."""
     taken = {*dir(nn.Module), *Wrapped.__dataclass_fields__, "scope", *public_methods(hk_cls)}
-    of_flax = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-        for name in ("parent", "name")
-    ]
-    names, parameters = {}, []
-    for parameter in inspect.signature(hk_cls).parameters.values():
-        if parameter.name != "name":
-            name = parameter.name + "_" * (parameter.name in taken)
-            names[name] = parameter.name
-            # Flax clones by keyword.
-            kind = max(parameter.kind, parameter.POSITIONAL_OR_KEYWORD)
-            parameters.append(parameter.replace(name=name, kind=kind))
-    return names, inspect.Signature(sorted([*parameters, *of_flax], key=lambda p: p.kind))
+    of_haiku = [p for p in inspect.signature(hk_cls).parameters.values() if p.name != "name"]
+    names = {p.name + "_" * (p.name in taken): p.name for p in of_haiku}
+    parameters = [
+        # Flax clones by keyword.
+        p.replace(name=name, kind=max(p.kind, p.POSITIONAL_OR_KEYWORD))
+        for name, p in zip(names, of_haiku, strict=True)
+    ] + [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in _OF_FLAX]
+    return names, inspect.Signature(sorted(parameters, key=lambda p: p.kind))
 
 
-def _init(
-    self: Any,
-    *args: Any,
-    haiku_arguments: Given | None = None,
-    flax_modules: Modules = NO_MODULES,
-    **kwargs: Any,
-) -> None:
+def _init(self: Any, *args: Any, **kwargs: Any) -> None:
     """Takes the arguments of the Haiku class; or from Flax the fields, and what changes."""
-    signature, is_new = self.__signature__, haiku_arguments is None
+    given, modules = (kwargs.pop(name, None) for name in ("haiku_arguments", "flax_modules"))
+    changes = _bound(type(self), given is not None, *args, **kwargs)
+    of_flax = {name: changes.pop(name) for name in _OF_FLAX if name in changes}
+    if given is None or changes:
+        arguments = {} if given is None else given.arguments(modules)
+        for argument, value in changes.items():
+            name, parameter = self._arguments[argument], self.__signature__.parameters[argument]
+            is_more = parameter.kind is parameter.VAR_KEYWORD
+            arguments[name] = {**arguments.get(name, {}), **value} if is_more else value
+        given, modules = Given.split(self._haiku_class, arguments)
+    Wrapped.__init__(self, given, modules, **of_flax)
+
+
+def _bound(cls: type[Wrapped], is_change: bool, /, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Returns arguments by the names that they have in Flax."""
+    signature = cls.__signature__
     try:
         for name in kwargs:
-            if self._arguments.get(name + "_") == name != "parent":
+            if cls._arguments.get(name + "_") == name != "parent":
                 raise TypeError(f"{name!r} is Flax's own, give {name + '_'!r}")
-        bound = (signature.bind if is_new else signature.bind_partial)(*args, **kwargs)
+        return (signature.bind_partial if is_change else signature.bind)(*args, **kwargs).arguments
     except TypeError as error:
         arguments = ", ".join(signature.parameters)
-        raise TypeError(f"{error}: {type(self).__name__} takes {arguments}") from None
-    of_flax = {n: bound.arguments.pop(n) for n in ("parent", "name") if n in bound.arguments}
-    if haiku_arguments is None or bound.arguments:
-        given = haiku_arguments.arguments(_filling(flax_modules)) if haiku_arguments else {}
-        for argument, value in bound.arguments.items():
-            name, parameter = self._arguments[argument], signature.parameters[argument]
-            is_more = parameter.kind is parameter.VAR_KEYWORD
-            given[name] = {**given.get(name, {}), **value} if is_more else value
-        haiku_arguments, flax_modules = _given(self._haiku_class, given)
-    Wrapped.__init__(self, haiku_arguments, flax_modules, **of_flax)
-
-
-def _given(hk_cls: type[hk.Module], arguments: Mapping[str, Any]) -> tuple[Given, Modules]:
-    """Returns the arguments with slots in place of Flax modules, and the modules."""
-    modules: dict[str, list[nn.Module]] = {}
-
-    def put(argument: str, value: Any) -> Any:
-        if isinstance(value, hk.Module):
-            raise TypeError(
-                f"{argument!r} of {hk_cls.__name__} is a Haiku module, which lives in one run "
-                "only: give a function that makes and calls it, or a Flax module, "
-                f"compat.wrap({type(value).__name__})(...)"
-            )
-        if not isinstance(value, nn.Module):
-            return value
-        known = modules.setdefault(argument, [])
-        known.append(value)
-        return Slot(argument, len(known) - 1)
-
-    slots = {name: copied(value, partial(put, name)) for name, value in arguments.items()}
-    return Given(hk_cls, slots), FrozenDict({name: tuple(m) for name, m in modules.items()})
-
-
-def _filling(modules: Modules) -> Callable[[Any], Any]:
-    """Returns a function that puts the modules in place of their slots."""
-    return lambda value: value.content(modules) if isinstance(value, Slot) else value
+        raise TypeError(f"{error}: {cls.__name__} takes {arguments}") from None
 
 
 def _module_name(construct: Callable[[], hk.Module]) -> str:
@@ -227,6 +191,6 @@ def _module_name(construct: Callable[[], hk.Module]) -> str:
     return names[0]
 
 
-def _rebuild(cls: type, fields: dict[str, Any]) -> Mirrored:
+def _rebuild(cls: type, given: Given, modules: Modules, name: str | None) -> Mirrored:
     make: Any = wrap(cls) if issubclass(cls, hk.Module) else cls
-    return make(**fields)
+    return make(haiku_arguments=given, flax_modules=modules, parent=None, name=name)

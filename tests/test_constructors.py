@@ -503,6 +503,21 @@ def test_modules_as_arguments(args, shapes, lift):
     np.testing.assert_allclose(model.apply(variables, X), expected, 1e-4)
 
 
+def test_a_haiku_module_as_an_argument():
+    """Made in Haiku code, where alone it can be: it keeps its name, outside of the wrapped one."""
+
+    def function(x):
+        model = compat.wrap(Outer)(hk.Linear(3, name="inner"))
+        variables = model.init(KEY, x)
+        return model.apply(variables, x), model.apply(variables, x), variables["params"]
+
+    first, second, params = hk.transform(function).apply({}, None, X)
+    assert jax.tree.map(jnp.shape, params) == {"/inner": HAIKU_SHAPES, "linear": HAIKU_SHAPES}
+    h = X @ params["/inner"]["w"]
+    np.testing.assert_allclose(first, h @ params["linear"]["w"], 1e-5)
+    assert_identical(first, second)
+
+
 def test_a_module_as_an_argument_is_shared():
     class Parent(nn.Module):
         @nn.compact

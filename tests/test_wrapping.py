@@ -97,11 +97,7 @@ BAD = {
     "another class": (lambda: compat.wrap(nn.Dense), "subclass of hk.Module"),
     "a module": (
         lambda: compat.HaikuFunction(lambda: compat.wrap(hk.Linear(3))).init(KEY),
-        r"give the class first, wrap\(Linear\)\(...\)",
-    ),
-    "a module as an argument": (
-        lambda: compat.HaikuFunction(lambda: WrappedLayers([hk.Linear(3)], scale=1)).init(KEY),
-        r"'sizes' of Layers is a Haiku module.*give a function.*compat.wrap\(Linear\)",
+        r"give the class first, wrap\(hk.Linear\)\(3\)",
     ),
     "no function": (lambda: compat.HaikuFunction(3), "takes a function"),
     "missing": (
