@@ -45,12 +45,10 @@ class HaikuFunction(Mirrored):
 
     def __post_init__(self) -> None:
         if not callable(self.fn) and not isinstance(self.fn, _TRANSFORMED):
-            advice = "give the function that hk.transform takes"
-            if isinstance(self.fn, hk.MultiTransformed | hk.MultiTransformedWithState):
-                advice = "give wrap an hk.Module class that has its functions as methods"
             raise TypeError(
                 "HaikuFunction takes a function, an hk.Transformed or an hk.TransformedWithState, "
-                f"got {type(self.fn).__name__}: {advice}"
+                f"got {type(self.fn).__name__}: give the function that hk.transform takes; in "
+                "place of hk.multi_transform, give wrap an hk.Module class with several methods"
             )
         super().__post_init__()
 
@@ -61,24 +59,21 @@ class HaikuFunction(Mirrored):
 
 def _function(pair: hk.Transformed | hk.TransformedWithState) -> Callable[..., Any]:
     """Returns a Haiku function that runs a pair of functions as it is."""
-    has_state = isinstance(pair, hk.TransformedWithState)
     takes_key = _takes_key(pair)
 
-    def init(*args: Any, **kwargs: Any) -> Any:
-        made = pair.init(*args, **kwargs)
-        return made if has_state else (made, {})
-
     def function(*args: Any, **kwargs: Any) -> Any:
-        keys = hk.maybe_get_rng_sequence_state()
-        key = None if keys is None else keys[0]
+        keys = hk.maybe_get_rng_sequence_state() or (None,)
         hk.maybe_next_rng_key()  # the key is used up
+        first = keys[:takes_key]
         with place().left() as go_on:
-            lifted, updater = hk.transparent_lift_with_state(init)
-            params, state = lifted(key, *args, **kwargs)
-            first = (params, state)[: 1 + has_state] + (key,) * takes_key
+            if isinstance(pair, hk.Transformed):
+                params = hk.transparent_lift(pair.init)(keys[0], *args, **kwargs)
+                go_on()
+                return pair.apply(params, *first, *args, **kwargs)
+            lifted, updater = hk.transparent_lift_with_state(pair.init)
+            params, state = lifted(keys[0], *args, **kwargs)
             go_on()
-            output = pair.apply(*first, *args, **kwargs)
-            output, state = output if has_state else (output, {})
+            output, state = pair.apply(params, state, *first, *args, **kwargs)
             updater.update(state)
         return output
 
@@ -93,11 +88,11 @@ def _takes_key(pair: hk.Transformed | hk.TransformedWithState) -> bool:
     That one has one argument less than the trees and what ``init`` takes.
     """
     num_trees = 1 + isinstance(pair, hk.TransformedWithState)
-    init, apply = (
-        sum(
-            p.kind <= p.POSITIONAL_OR_KEYWORD
-            for p in inspect.signature(function).parameters.values()
-        )
-        for function in pair
-    )
+    init, apply = map(_num_named, pair)
     return apply < num_trees or apply - init != num_trees - 1
+
+
+def _num_named(function: Callable[..., Any]) -> int:
+    """Returns the number of arguments that a function takes by position, without ``*args``."""
+    parameters = inspect.signature(function).parameters.values()
+    return sum(p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters)

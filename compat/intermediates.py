@@ -1,6 +1,7 @@
 """Intermediate values of Haiku code as Flax variables: ``perturb`` and ``sow``."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -86,6 +87,10 @@ def perturb_outputs(collection: str = "perturbations") -> Iterator[None]:
     Args:
       collection: Collection of the variables.
 
+    Raises:
+      ValueError: A call finds no variable of its shape: initialise with inputs of the same
+        batch size.
+
     Example::
 
       >>> import jax, jax.numpy as jnp
@@ -99,41 +104,24 @@ def perturb_outputs(collection: str = "perturbations") -> Iterator[None]:
     """
 
     def interceptor(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        output = next_fun(*args, **kwargs)
-        if context.module.scope is None:
-            return output
+        output, module = next_fun(*args, **kwargs), context.module
         leaves, treedef = jax.tree.flatten(output)
-        inexact = [i for i, leaf in enumerate(leaves) if _has_gradient(leaf)]
-        if not inexact:
-            return output
-        for i in inexact:
-            suffix = "" if jax.tree_util.treedef_is_leaf(treedef) else f"_{i}"
-            name = _variable_name(
-                context.module, collection, context.method_name + suffix, leaves[i]
-            )
-            leaves[i] = context.module.perturb(name, leaves[i], collection)
+        is_leaf = jax.tree_util.treedef_is_leaf(treedef)
+        for i, leaf in enumerate(leaves if module.scope is not None else ()):
+            if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact):
+                name = context.method_name if is_leaf else f"{context.method_name}_{i}"
+                name = _variable_name(module, collection, name, leaf)
+                leaves[i] = module.perturb(name, leaf, collection)
         return jax.tree.unflatten(treedef, leaves)
 
     with nn.intercept_methods(interceptor):
         yield
 
 
-def _has_gradient(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
-
-
 def _variable_name(module: nn.Module, collection: str, name: str, value: jax.Array) -> str:
     """Returns ``name``, numbered while a variable of another shape has it."""
-    candidate, number = name, 0
-    while module.has_variable(collection, candidate):
-        shape = jnp.shape(module.get_variable(collection, candidate))
-        if shape == value.shape:
-            return candidate
-        number += 1
-        candidate = f"{name}_{number}"
-    if number and not module.is_mutable_collection(collection):
-        raise ValueError(
-            f"the variable {name!r} of {'/'.join(module.path)!r} in {collection!r} has shape "
-            f"{shape}, the output has {value.shape}: initialise it with inputs of this shape"
-        )
-    return candidate
+
+    def is_free(name: str) -> bool:
+        return jnp.shape(module.get_variable(collection, name, default=value)) == value.shape
+
+    return next(filter(is_free, (f"{name}_{i}" if i else name for i in itertools.count())))

@@ -266,6 +266,6 @@ def test_outputs_without_a_gradient():
 def test_outputs_of_another_batch():
     with compat.perturb_outputs():
         variables = MLP.init(KEY, X)
-        with pytest.raises(ValueError, match=r"initialise it with inputs of this shape"):
+        with pytest.raises(ValueError, match="missing perturbation variable __call___1"):
             MLP.apply(variables, X[:1])
     MLP.apply(variables, X[:1])
