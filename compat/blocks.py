@@ -21,6 +21,8 @@ from .mirror.private import no_flax_parent
 from .mirror.rows import Mirrored
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Arguments))
+# Those that a layer has in both, besides its size.
+_LAYER_FIELDS = "use_bias", "param_dtype", "precision", "kernel_init", "bias_init"
 
 
 class Perceptron(Mirrored):
@@ -57,9 +59,10 @@ class Perceptron(Mirrored):
     @nn.nowrap
     def _is_shared(self, scope: Scope) -> bool:
         activations = (*for_each_layer(self.hidden_activations, 1), self.output_activation)
-        makes_modules = any(map(_makes_modules, filter(callable, activations)))
+        # A Flax module has its place among the fields.
+        functions = [a for a in activations if callable(a) and not isinstance(a, nn.Module)]
         is_subclass = "_haiku" not in vars(type(self))  # whose methods may make modules, too
-        return is_subclass or bool(scope.reservations) or makes_modules
+        return is_subclass or bool(scope.reservations) or any(map(_makes_modules, functions))
 
     @nn.nowrap
     def _row(self, module: hk.Module | type[hk.Module], parent: Any, name: str) -> Mirrored:
@@ -68,23 +71,14 @@ class Perceptron(Mirrored):
         if type(module) is haiku_mlp.blocks.MLP:
             return MLP(module.output_dim, **vars(module.arguments), **place)
         if type(module) is haiku_mlp.Linear:
-            return Dense(
-                module.output_size,
-                use_bias=module.use_bias,
-                param_dtype=module.param_dtype,
-                precision=module.precision,
-                kernel_init=module.kernel_init,
-                bias_init=module.bias_init,
-                **place,
-            )
+            fields = {name: getattr(module, name) for name in _LAYER_FIELDS}
+            return Dense(module.output_size, **fields, **place)
         return super()._row(module, parent, name)
 
 
 @kept_by_object
 def _makes_modules(activation: Callable[..., Any]) -> bool:
     """Returns whether an activation may make Flax modules, tried out on a number."""
-    if isinstance(activation, nn.Module):
-        return False  # it has its place among the fields
     net = hk.transform(lambda z: activation(z))
     try:
         with no_flax_parent():  # so that none can be called
@@ -103,15 +97,8 @@ class Dense(Mirrored, nn.Dense, haiku=haiku_mlp.Linear):
 
     @nn.nowrap
     def _haiku(self) -> haiku_mlp.Linear:
-        return haiku_mlp.Linear(
-            self.features,
-            self.use_bias,
-            self.param_dtype,
-            self.precision,
-            self.kernel_init,
-            self.bias_init,
-            name="linear_0",
-        )
+        fields = {name: getattr(self, name) for name in _LAYER_FIELDS}
+        return haiku_mlp.Linear(self.features, **fields, name="linear_0")
 
 
 class MLP(Perceptron, haiku=haiku_mlp.blocks.MLP):

@@ -69,10 +69,8 @@ def tangent_kernel(
       >>> losses["natural"] < losses["adam"] / 10
       True
     """
-    function, params = _of_params(function, params)
-    return haiku_mlp.tangent_kernel(
-        function, params, x, y, chunk_size=chunk_size, centered=centered
-    )
+    options: Any = {"chunk_size": chunk_size, "centered": centered}
+    return haiku_mlp.tangent_kernel(*_of_params(function, params), x, y, **options)
 
 
 def kernel_plan(function: Callable[[Any, Any], jax.Array], params: Any, x: Any) -> KernelPlan:

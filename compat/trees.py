@@ -1,12 +1,13 @@
 """Whole trees of parameters and state, from Haiku to Flax and back."""
 
 import re
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from .mirror.names import HaikuTree, Names, Tree, flatten, unflatten, unknown
 
-_LAYER = re.compile(r"mlp/block/linear_\d+$")
+_LAYER = re.compile(r"mlp/block/linear_\d+/[wb]?$")
 _DENSE = re.compile(r"Dense_\d+$")
 
 
@@ -112,26 +113,27 @@ def to_haiku(
       ({'head/linear_0': {'w': 1.0}}, {})
     """
     if not isinstance(variables, Mapping) or not variables.keys() <= {"params", "state"}:
-        given = list(variables) if isinstance(variables, Mapping) else type(variables).__name__
         raise ValueError(
-            f"variables must be {{'params': ..., 'state': ...}} and no more, got {given}"
+            "variables must be {'params': ..., 'state': ...} and no more, got "
+            f"{reprlib.repr(variables)}"
         )
-    trees = {collection: variables.get(collection, {}) for collection in ("params", "state")}
     if netket is None:
-        netket = _has_netket_names(trees["params"], root)
+        netket = _has_netket_names(variables.get("params", {}), root)
     names = _names(root, netket)
-    for collection, tree in trees.items():
-        for key, value in tree.items():
-            if names.root is None and not isinstance(value, Mapping):
-                raise ValueError(
-                    f"value {key!r} at the top level of {collection!r}: give the name of its Haiku "
-                    "module as root"
-                )
-        key = unknown(names, collection, tree)
-        if key is not None:
-            raise ValueError(f"unknown key {key!r} in {collection!r}: compat names nothing so")
-    params, state = (flatten(names, collection, tree) for collection, tree in trees.items())
+    params, state = (_flat(names, name, variables.get(name, {})) for name in ("params", "state"))
     return params, state
+
+
+def _flat(names: Names, collection: str, tree: Tree) -> HaikuTree:
+    """Returns the Haiku tree of a collection, or raises if anything in it has no name there."""
+    flat = flatten(names, collection, tree)
+    key = next(iter(flat.get("", ())), unknown(names, collection, tree))
+    if key is not None:
+        raise ValueError(
+            f"unknown key {key!r} in {collection!r}: compat names nothing so; if the tree leaves a "
+            "level out, give the name of its Haiku module as root"
+        )
+    return flat
 
 
 def _names(root: str | None, netket: bool) -> Names:
@@ -139,22 +141,21 @@ def _names(root: str | None, netket: bool) -> Names:
 
 
 def _is_mlp(trees: Mapping[str, Mapping[str, Tree]]) -> bool:
-    """Returns whether a tree is that of ``haiku_mlp.MLP``."""
-    modules = [(module, values) for tree in trees.values() for module, values in tree.items()]
-    layers = [module for module, _ in modules if _LAYER.match(module)]
-    if not layers or not all(f"{module}/".startswith("mlp/block/") for module, _ in modules):
-        return False
-    if all(_LAYER.match(module) and values.keys() <= {"w", "b"} for module, values in modules):
-        return True
-    raise _not_told(layers[0])
+    """Returns whether trees are those of ``haiku_mlp.MLP``."""
+    modules = [item for tree in trees.values() for item in tree.items()]
+    names = [f"{module}/{name}" for module, values in modules for name in values or [""]]
+    layers = list(filter(_LAYER.match, names))
+    if layers and layers != names and all(name.startswith("mlp/block/") for name in names):
+        raise _not_told(layers[0])
+    return bool(layers) and layers == names
 
 
 def _has_netket_names(params: Tree, root: str | None) -> bool:
     """Returns whether a tree has NetKet's names."""
     if root is None and "MLP_0" in params:
         return True  # a Haiku module of that name would be /MLP_0
-    for name, values in params.items():
-        is_layer = _DENSE.match(name) and isinstance(values, Mapping) and "kernel" in values
+    for name, level in params.items():
+        is_layer = _DENSE.match(name) and isinstance(level, Mapping) and "kernel" in level
         if is_layer or name == "MLP_0":
             raise _not_told(name)
     return False
@@ -168,14 +169,13 @@ def _not_told(name: str) -> Exception:
 
 
 def _check_haiku(collection: str, tree: Any) -> None:
-    given = type(tree).__name__
-    if isinstance(tree, Mapping):
-        others = {k: type(v).__name__ for k, v in tree.items() if not isinstance(v, Mapping)}
-        values = tree.get("params", {}).values() if not others else ()
-        if not others and not (values and all(isinstance(value, Mapping) for value in values)):
-            return
-        given = "Flax variables, which to_haiku takes" if values else str(others)
-    raise ValueError(
-        f"{collection} must be {{module: {{name: value}}}}, as hk.transform's init returns it, got "
-        f"{given}: give to_flax(params), or to_flax(params, state)"
-    )
+    if not _is_nested(tree) or (tree.get("params") and _is_nested(tree["params"])):
+        raise ValueError(
+            f"{collection} must be {{module: {{name: value}}}}, as hk.transform's init returns it, "
+            f"got {reprlib.repr(tree)}: give to_flax(params), or to_flax(params, state); to_haiku "
+            "takes Flax variables"
+        )
+
+
+def _is_nested(tree: Any) -> bool:
+    return isinstance(tree, Mapping) and all(isinstance(v, Mapping) for v in tree.values())
