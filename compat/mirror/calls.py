@@ -95,15 +95,15 @@ class Calls:
         self._passing: tuple[hk.Module, str] | None = None
 
     @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
-        """Returns the context of the run; it is entered where the Haiku code starts."""
+    def watched(self) -> Iterator[Place]:
+        """Returns the context of the run, in the place of which it is entered."""
         self.place = Place()
         token, sending = _running.set(self), contextlib.nullcontext()
         if self._is_sending:
             sending = hk.intercept_methods(self._intercept)
         try:
             with sending:
-                yield
+                yield self.place
         finally:
             _running.reset(token)
 

@@ -8,7 +8,7 @@ native model; but only where Flax looks.
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import haiku as hk
@@ -18,7 +18,7 @@ from flax import linen as nn
 from flax.core import Scope
 
 from .calls import Call, Calls
-from .names import Names
+from .names import Names, Path
 from .private import no_flax_parent
 from .values import Values
 
@@ -62,11 +62,11 @@ class Run:
         self._is_seen = is_seen
         self._compact = compact
         self._values = Values(scope, names, load=not compact)
-        self._rows: dict[str, tuple[hk.Module, Any]] = {}
+        self._rows: dict[str, tuple[hk.Module | None, Any]] = {"~": (None, host)}
         self._stream: str | None = None
 
     def __call__(
-        self, make: Callable[[], Any], method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, make: Call, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Calls a method of the Haiku module, or the function, that ``make`` returns."""
         is_creating = self._host.is_initializing() and self._scope.is_mutable_collection("params")
@@ -74,7 +74,12 @@ class Run:
         outputs: list[Any] = []
 
         def body() -> None:
-            outputs.append(self._hooked(make, method, args, kwargs))
+            with self._hooked():
+                haiku = make()
+                if isinstance(haiku, hk.Module):
+                    self._rows[haiku.module_name] = haiku, self._host
+                    haiku = self.calls.unsent(haiku, method)
+                outputs.append(haiku(*args, **kwargs))
 
         try:
             key = self._key(streams)
@@ -87,11 +92,10 @@ class Run:
                 raise
             is_to_make = self._scope.is_mutable_collection("params")
             stream, example = ("params", "params") if is_to_make else ("apply", "dropout")
-            advice = f"give rngs={{{example!r}: key}}"
-            if self._stream is not None:
-                advice = "hk.without_apply_rng keeps the key from it, call init"
-            name = self._host.name or type(self._host).__name__
-            raise errors.InvalidRngError(f'{name} needs PRNG for "{stream}": {advice}') from error
+            raise errors.InvalidRngError(
+                f'{self._host.name or type(self._host).__name__} needs PRNG for "{stream}": give '
+                f"rngs={{{example!r}: key}} (hk.without_apply_rng keeps the key from it)"
+            ) from error
         return outputs[0]
 
     def send(self, module: hk.Module, method: str, go_on: Call) -> Call:
@@ -110,13 +114,10 @@ class Run:
 
     def module(self, module_name: str) -> nn.Module:
         """Returns the Flax module at the scope of a Haiku module (the host's for ``~``)."""
-        if module_name == "~":
-            return self._host
         if module_name in self._rows:
             return self._rows[module_name][1]
-        hk_cls = self.calls.classes.get(module_name, NameScope)
-        scope = self._values.scope(module_name)
-        return self._make_row(hk_cls, scope, self._names.path(module_name)[-1])
+        self._values.scope(module_name)
+        return self._stand_in(self._names.path(module_name))
 
     def again(self, row: nn.Module, method: str) -> Call | None:
         """Returns the Haiku method of the module that ``row`` stands for, if it is of this run.
@@ -124,32 +125,21 @@ class Run:
         An interceptor may call any method of the modules that it sees.
         """
         for module, known in self._rows.values():
-            if known is row:
+            if known is row and module is not None:
                 return self.calls.unsent(module, method)
         return None
 
-    def _hooked(
-        self, make: Callable[[], Any], method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    @contextlib.contextmanager
+    def _hooked(self) -> Iterator[None]:
+        """Returns the context of the Haiku code, inside of its transform."""
         first = haiku_key()
-        with self._parenthood(), self.calls.watched(), self._values.hooked():
-            self._values.place = self.calls.place
-            haiku = make()
-            if isinstance(haiku, hk.Module):
-                self._rows[haiku.module_name] = haiku, self._host
-                haiku = self.calls.unsent(haiku, method)
-            output = haiku(*args, **kwargs)
+        with self._parenthood(), self.calls.watched() as place, self._values.hooked(place):
+            yield
         if self._stream is not None and haiku_key() is not first:
             self._scope.rng_counters[self._stream] += 1  # the next run draws others
-        if not self._host.is_initializing():
-            self._values.keep_changed(hk.get_current_state())
-            return output
-        if hk.running_init():
-            self._values.keep("params", hk.get_params())
-        self._values.keep("state", hk.get_initial_state())
-        if self._is_seen:
+        self._values.keep()
+        if self._is_seen and self._host.is_initializing():
             self._show_hidden()
-        return output
 
     def _parenthood(self) -> contextlib.AbstractContextManager[None]:
         """Returns a context in which Haiku code runs."""
@@ -161,16 +151,19 @@ class Run:
         if known is module:
             return row
         path = self._names.path(name)
-        _, parent = self._rows.get(name.rpartition("/")[0], (None, None))
-        if not path:
-            row = self._host  # which is under construction, and calls a method of its own
-        elif parent is None or not self._compact or path in self._values.scopes:
-            row = self._make_row(module, self._values.scope(name), path[-1])
-        else:
+        if path:  # the host is under construction otherwise, and calls a method of its own
+            _, parent = self._rows.get(name.rpartition("/")[0], (None, None))
+            if parent is None or not self._compact or path in self._values.scopes:
+                parent = self._values.scope(name)
             row = self._make_row(module, parent, path[-1])
             self._values.scopes[path] = row.scope
         self._rows[name] = module, row
         return row
+
+    def _stand_in(self, path: Path) -> Any:
+        """Returns the Flax module of a level of which Flax sees no call."""
+        classes = {self._names.path(name): hk_cls for name, hk_cls in self.calls.classes.items()}
+        return self._make_row(classes.get(path, NameScope), self._values.scopes[path], path[-1])
 
     def _show_hidden(self) -> None:
         """Makes a call at each level that had none.
@@ -178,15 +171,11 @@ class Run:
         ``tabulate`` counts a level without a call of its own twice, once at the level
         above and once below.
         """
-        path = self._names.path
         for name in self.calls.classes:
             self._values.scope(name)
-        names = {path(name): name for name in self.calls.classes}
-        shown = {(), *(path(name) for name in self._rows)}
-        for level, scope in list(self._values.scopes.items()):
-            if level not in shown:
-                hk_cls = self.calls.classes.get(names.get(level, ""), NameScope)
-                self._make_row(hk_cls, scope, level[-1]).inside_transform()
+        shown = {(), *map(self._names.path, self._rows)}
+        for path in [path for path in self._values.scopes if path not in shown]:
+            self._stand_in(path).inside_transform()
 
     def _key(self, streams: tuple[str, ...]) -> jax.Array | None:
         """Returns the key that Haiku draws from, of the first stream there is, or None.
@@ -214,13 +203,7 @@ def is_missing_key(error: Exception) -> bool:
     return isinstance(error, _MISSING_KEY) or isinstance(error.__cause__, _MISSING_KEY)
 
 
-def _missing_key() -> type[Exception]:
-    """Returns the class of that error, which Haiku does not export."""
-    try:
-        hk.transform(hk.next_rng_key).apply({}, None)
-    except ValueError as error:
-        return type(error)
-    raise AssertionError("Haiku drew a random key from nothing")
-
-
-_MISSING_KEY = _missing_key()
+try:
+    hk.transform(hk.next_rng_key).apply({}, None)
+except ValueError as error:
+    _MISSING_KEY = type(error)  # Haiku does not export it
