@@ -8,6 +8,7 @@ the part that follows, ``{"mlp": {"~/linear_0": {"w": ...}}}``.
 import dataclasses
 import functools
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ Path = tuple[str, ...]
 Tree = Mapping[str, Any]
 HaikuTree = dict[str, dict[str, Any]]
 
+# A part of a Haiku name with the ~ parts before it; a slash in front of all stays.
+_PART = re.compile(r"(?:^/)?(?:~[^/]*/)*[^/]+")
 _LINEAR = re.compile(r"(^|/)linear_\d+$")
 _DENSE = re.compile(r"Dense_(\d+)$")
 
@@ -72,39 +75,21 @@ class Names:
 
 @functools.cache
 def _path(names: Names, module_name: str) -> Path:
-    if names.root is None:
-        # NetKet's MLP_0 at the top is the MLP's block; a Haiku module of that name is not.
-        outside = module_name.split("/")[0] == "MLP_0"
-        inner = module_name
-    else:
-        outside = module_name != names.root and not module_name.startswith(names.root + "/")
-        inner = module_name[len(names.root) + 1 :]
-    if outside:
-        return _parts("/" + module_name)
-    path = _parts(inner)
+    root = "" if names.root is None else names.root + "/"
+    level = module_name + "/"
+    # NetKet's MLP_0 at the top is the MLP's block; a Haiku module of that name is not.
+    if not level.startswith(root) or (not root and level.startswith("MLP_0/")):
+        return tuple(_PART.findall("/" + module_name))
+    path = tuple(_PART.findall(module_name[len(root) :]))
     if names.netket:
         path = tuple("MLP_0" if p == "block" else re.sub(r"^linear_", "Dense_", p) for p in path)
     return path
 
 
-def _parts(module_name: str) -> Path:
-    """Splits a Haiku name, ``~`` and ``~method`` joined to the part that follows."""
-    parts: list[str] = []
-    prefix = "/" if module_name.startswith("/") else ""
-    for part in filter(None, module_name.split("/")):
-        prefix += part
-        if not part.startswith("~"):
-            parts.append(prefix)
-            prefix = ""
-        else:
-            prefix += "/"
-    return (*parts, *filter(None, [prefix.removesuffix("/")]))
-
-
 def unflatten(names: Names, collection: str, tree: Mapping[str, Tree]) -> dict[str, Any]:
     """Returns the nested Flax tree of a flat Haiku tree."""
     nested: dict[str, Any] = {}
-    levels = {name: _level(nested, names.path(name)) for name in tree}
+    levels = {name: functools.reduce(_enter, names.path(name), nested) for name in tree}
     submodules = {name: set(level) for name, level in levels.items()}
     for module_name, values in tree.items():
         level = levels[module_name]
@@ -142,19 +127,12 @@ def flatten(names: Names, collection: str, tree: Tree) -> HaikuTree:
 
 def unknown(names: Names, collection: str, tree: Tree) -> str | None:
     """Returns the path of something that ``flatten`` leaves out, or None."""
-    flat = flatten(names, collection, tree)
-    known = list(_value_paths(unflatten(names, collection, flat)))
-    for path in _value_paths(tree):
-        if path not in known:
-            return path
-        known.remove(path)
-    return None
+    known = unflatten(names, collection, flatten(names, collection, tree))
+    return next(iter(Counter(_value_paths(tree)) - Counter(_value_paths(known))), None)
 
 
-def _level(tree: dict[str, Any], path: Path) -> dict[str, Any]:
-    for part in path:
-        tree = tree.setdefault(part, {})
-    return tree
+def _enter(tree: dict[str, Any], part: str) -> dict[str, Any]:
+    return tree.setdefault(part, {})
 
 
 def _levels(tree: Tree, path: Path = ()) -> Iterator[tuple[Path, Tree]]:
