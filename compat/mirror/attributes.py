@@ -183,7 +183,7 @@ class _Trace:
     def send(self, module: hk.Module, method: str, go_on: Call) -> Call:
         is_wanted = module.module_name in self._wanted and self.found is None
         if is_wanted and not _holds_tracer(module, set()):
-            self.found = snapshot(module, {})
+            self.found = snapshot(module)
         return go_on
 
     def module(self, module_name: str) -> Any:

@@ -28,10 +28,6 @@ def per_class(function: F) -> F:
     @functools.wraps(function)
     def cached(cls: type, *args: Any) -> Any:
         key = function, *args
-        try:
-            return vars(cls)[_ATTRIBUTE][key]
-        except KeyError:
-            pass
         with _lock:
             if _ATTRIBUTE not in vars(cls):
                 setattr(cls, _ATTRIBUTE, _Results())

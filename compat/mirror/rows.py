@@ -72,11 +72,10 @@ class Mirrored(nn.Module):
           parent: The Flax parent, or the module's own :class:`flax.core.Scope`.
           name: The Flax name.
         """
-        if isinstance(module, type):
-            return row_class(module)(None, False, parent=parent, name=name)
+        hk_cls = module if isinstance(module, type) else type(module)
         # Flax's summary runs a row again by itself, and the call that comes may change it.
-        origin = snapshot(module, {}) if self.is_initializing() else module
-        return row_class(type(module))(origin, self._names().netket, parent=parent, name=name)
+        origin = snapshot(module) if self.is_initializing() else module
+        return row_class(hk_cls)(origin, self._names().netket, parent=parent, name=name)
 
 
 class Row(Mirrored):
@@ -91,7 +90,7 @@ class Row(Mirrored):
 
     @nn.nowrap
     def _haiku(self) -> hk.Module:
-        return snapshot(self._origin, {})
+        return snapshot(self._origin)
 
     def inside_transform(self) -> tuple[()]:
         """Stands in ``tabulate`` for calls inside an inner transform (``hk.scan``, ...)."""
@@ -105,28 +104,27 @@ def row_class(hk_cls: type[hk.Module]) -> type[Row]:
     return type(hk_cls.__name__, (Row,), namespace, haiku=hk_cls)
 
 
-def snapshot(value: Any, copies: dict[int, Any]) -> Any:
-    """Copies a Haiku module as it is now, with zeros for the tracers that it keeps.
+def snapshot(value: Any) -> Any:
+    """Copies a Haiku module as it is now, with zeros for the tracers that it keeps."""
+    copies: dict[int, hk.Module] = {}
 
-    Args:
-      value: The module, or a value that it keeps.
-      copies: Copies by the identity of the original.
-    """
-    if isinstance(value, hk.Module):
-        if id(value) not in copies:
-            copies[id(value)] = module = copy.copy(value)
-            for name, attribute in vars(value).items():
-                object.__setattr__(module, name, snapshot(attribute, copies))
-        return copies[id(value)]
-    if isinstance(value, jax.core.Tracer):
-        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-            return jax.random.split(jax.random.key(0), value.shape)
-        return jnp.zeros(value.shape, value.dtype)
-    if isinstance(value, dict):  # JAX would sort its keys, which may not be comparable
-        entries = copy.copy(value)
-        entries.update({key: snapshot(entry, copies) for key, entry in value.items()})
-        return entries
-    children, treedef = jax.tree.flatten(value, is_leaf=lambda node: node is not value)
-    if jax.tree_util.treedef_is_leaf(treedef):
-        return value
-    return jax.tree.unflatten(treedef, [snapshot(child, copies) for child in children])
+    def copied(node: Any) -> Any:
+        if isinstance(node, hk.Module):
+            if id(node) not in copies:
+                copies[id(node)] = copy.copy(node)
+                vars(copies[id(node)]).update(copied(vars(node)))
+            return copies[id(node)]
+        if isinstance(node, dict):  # JAX would sort its keys, which may not be comparable
+            entries = copy.copy(node)
+            entries.update({key: tree_copied(entry) for key, entry in node.items()})
+            return entries
+        if not isinstance(node, jax.core.Tracer):
+            return node
+        if jnp.issubdtype(node.dtype, jax.dtypes.prng_key):
+            return jax.random.split(jax.random.key(0), node.shape)
+        return jnp.zeros(node.shape, node.dtype)
+
+    def tree_copied(tree: Any) -> Any:
+        return jax.tree.map(copied, tree, is_leaf=lambda node: isinstance(node, dict))
+
+    return tree_copied(value)
