@@ -55,12 +55,8 @@ class Place:
         of what it yields: that is the place then.
         """
         context, self._context = self._context, None
-
-        def go_on() -> None:
-            self._left = context
-
         try:
-            yield go_on
+            yield functools.partial(setattr, self, "_left", context)
         finally:
             self._context, self._left = context, None
 
@@ -92,48 +88,41 @@ class Calls:
         self.watcher = watcher
         self._is_sending = is_sending
         self.classes: dict[str, type[hk.Module]] = {}
-        self._passing: tuple[hk.Module, str] | None = None
+        # By its id: modules that are dataclasses have an ==.
+        self._passing: tuple[int, str] | None = None
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[Place]:
         """Returns the context of the run, in the place of which it is entered."""
         self.place = Place()
-        token, sending = _running.set(self), contextlib.nullcontext()
-        if self._is_sending:
-            sending = hk.intercept_methods(self._intercept)
-        try:
-            with sending:
-                yield self.place
-        finally:
-            _running.reset(token)
+        with contextlib.ExitStack() as stack:
+            stack.callback(_running.reset, _running.set(self))
+            if self._is_sending:
+                stack.enter_context(hk.intercept_methods(self._intercept))
+            yield self.place
 
     def unsent(self, module: hk.Module, method: str) -> Call:
         """Returns the method such that the call itself is not sent; those inside of it are."""
-        if not self._is_sending:
-            return getattr(module, method)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            self._passing = module, method
+            self._passing = id(module), method
             return getattr(module, method)(*args, **kwargs)
 
-        return call
+        return call if self._is_sending else getattr(module, method)
 
     def _intercept(
-        self,
-        next_f: Call,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        context: hk.MethodContext,
+        self, next_f: Call, args: tuple[Any, ...], kwargs: dict[str, Any], context: hk.MethodContext
     ) -> Any:
         module, method = context.module, context.method_name
-        if self._is_passing(module, method):
+        if self._passing == (id(module), method):
             self._passing = None
             return next_f(*args, **kwargs)
-        if not _is_public(type(module), method, context.orig_class):
-            return next_f(*args, **kwargs)
-        if self.place.is_same_transform():
+        # Haiku reports properties, private methods and each class of a super() chain too.
+        public = public_methods(type(module)).get(method)
+        is_call = public is not None and public is vars(context.orig_class).get(method)
+        if is_call and self.place.is_same_transform():
             self.classes[module.module_name] = type(module)
-        if not self.place.is_here():
+        if not is_call or not self.place.is_here():
             return next_f(*args, **kwargs)
         attempts = iter((next_f,))  # Haiku's own runs once; a call that is made again is a new one
 
@@ -145,21 +134,6 @@ class Calls:
             return output if policy is None else policy.cast_to_output(output)
 
         return self.watcher.send(module, method, go_on)(*args, **kwargs)
-
-    def _is_passing(self, module: hk.Module, method: str) -> bool:
-        passing, name = self._passing or (None, None)
-        return passing is module and name == method  # modules that are dataclasses have an ==
-
-
-@per_class
-def _is_public(hk_cls: type[hk.Module], method: str, defined_in: type[hk.Module]) -> bool:
-    """Returns whether calling ``method`` of a Haiku module is a call that a framework sees.
-
-    Haiku reports properties, private methods and each class of a ``super()`` chain too.
-    """
-    if method not in public_methods(hk_cls):
-        return False
-    return next(cls for cls in hk_cls.__mro__ if method in vars(cls)) is defined_in
 
 
 @per_class
