@@ -388,6 +388,39 @@ def test_state_that_is_immutable(mutable):
     assert_identical(model.apply(model.init(KEY, X), X), jnp.asarray(X + 3))
 
 
+def total(x, write):
+    value = hk.get_state("total", (), init=jnp.ones)
+    if write:
+        hk.set_state("total", value + 1)
+    return x + value
+
+
+def lifted(x, write):
+    inner = hk.transform_with_state(total)
+    init, updater = hk.lift_with_state(inner.init)
+    output, state = inner.apply(*init(None, x, write), None, x, write)
+    updater.update(state)
+    return output
+
+
+def scanned(x, write):
+    if hk.running_init():
+        return total(x, write)
+    return hk.scan(lambda carry, _: (total(carry, write), ()), x, None, length=1)[0]
+
+
+@pytest.mark.parametrize(
+    "function", [lifted, scanned, lambda x, write: hk.remat(lambda x: total(x, write))(x)]
+)
+def test_immutable_state_that_an_inner_transform_hands_back(function):
+    """What it only read is another object, and has not been written."""
+    model = compat.HaikuFunction(function)
+    variables = model.init(KEY, X, True)
+    assert_identical(model.apply(variables, X, False), jnp.asarray(X + 1))
+    with pytest.raises(errors.ModifyScopeVariableError, match='"total"'):
+        model.apply(variables, X, True)
+
+
 @pytest.mark.parametrize("function", [counting, first_at_apply])
 def test_state_first_made_at_apply(function):
     model = compat.HaikuFunction(function)

@@ -7,6 +7,7 @@ native model; but only where Flax looks.
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,10 +30,11 @@ class NameScope(hk.Module):
     """Stands for a level of Haiku names that no module has (``hk.force_name``)."""
 
 
+@dataclasses.dataclass(eq=False)
 class Run:
     """One run of Haiku code inside a bound Flax module.
 
-    Args:
+    Attributes:
       host: The Flax module whose method runs.
       scope: Its scope.
       names: How Haiku's names read in the scope.
@@ -44,32 +46,25 @@ class Run:
         a compact method.  In general they are not: Haiku has names of its own for them.
     """
 
-    def __init__(
-        self,
-        host: nn.Module,
-        scope: Scope,
-        names: Names,
-        make_row: Callable[[hk.Module | type[hk.Module], nn.Module | Scope, str], Any],
-        *,
-        is_seen: bool,
-        compact: bool,
-    ):
-        self.calls = Calls(self, is_sending=is_seen or compact)
-        self._host = host
-        self._scope = scope
-        self._names = names
-        self._make_row = make_row
-        self._is_seen = is_seen
-        self._compact = compact
-        self._values = Values(scope, names, load=not compact)
-        self._rows: dict[str, tuple[hk.Module | None, Any]] = {"~": (None, host)}
+    host: nn.Module
+    scope: Scope
+    names: Names
+    make_row: Callable[[hk.Module | type[hk.Module], nn.Module | Scope, str], Any]
+    is_seen: bool
+    compact: bool
+
+    def __post_init__(self) -> None:
+        self.calls = Calls(self, is_sending=self.is_seen or self.compact)
+        self._parenthood = contextlib.nullcontext if self.compact else no_flax_parent
+        self._values = Values(self.scope, self.names, load=not self.compact)
+        self._rows: dict[str, tuple[hk.Module, Any]] = {}
         self._stream: str | None = None
 
     def __call__(
         self, make: Call, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Calls a method of the Haiku module, or the function, that ``make`` returns."""
-        is_creating = self._host.is_initializing() and self._scope.is_mutable_collection("params")
+        is_creating = self.host.is_initializing() and self.scope.is_mutable_collection("params")
         streams = ("params",) if is_creating else ("apply", "dropout", "params")
         outputs: list[Any] = []
 
@@ -77,7 +72,7 @@ class Run:
             with self._hooked():
                 haiku = make()
                 if isinstance(haiku, hk.Module):
-                    self._rows[haiku.module_name] = haiku, self._host
+                    self._rows[haiku.module_name] = haiku, self.host
                     haiku = self.calls.unsent(haiku, method)
                 outputs.append(haiku(*args, **kwargs))
 
@@ -90,10 +85,10 @@ class Run:
         except ValueError as error:
             if not is_missing_key(error):
                 raise
-            is_to_make = self._scope.is_mutable_collection("params")
+            is_to_make = self.scope.is_mutable_collection("params")
             stream, example = ("params", "params") if is_to_make else ("apply", "dropout")
             raise errors.InvalidRngError(
-                f'{self._host.name or type(self._host).__name__} needs PRNG for "{stream}": give '
+                f'{self.host.name or type(self.host).__name__} needs PRNG for "{stream}": give '
                 f"rngs={{{example!r}: key}} (hk.without_apply_rng keeps the key from it)"
             ) from error
         return outputs[0]
@@ -109,15 +104,17 @@ class Run:
                 return go_on(*args, **kwargs)
 
         call.__name__ = method
-        wrapped = nn.module.wrap_method_once(nn.compact(call) if self._compact else call)
+        wrapped = nn.module.wrap_method_once(nn.compact(call) if self.compact else call)
         return functools.partial(wrapped, row)
 
     def module(self, module_name: str) -> nn.Module:
         """Returns the Flax module at the scope of a Haiku module (the host's for ``~``)."""
+        if module_name == "~":
+            return self.host
         if module_name in self._rows:
             return self._rows[module_name][1]
         self._values.scope(module_name)
-        return self._stand_in(self._names.path(module_name))
+        return self._stand_in(self.names.path(module_name))
 
     def again(self, row: nn.Module, method: str) -> Call | None:
         """Returns the Haiku method of the module that ``row`` stands for, if it is of this run.
@@ -125,7 +122,7 @@ class Run:
         An interceptor may call any method of the modules that it sees.
         """
         for module, known in self._rows.values():
-            if known is row and module is not None:
+            if known is row:
                 return self.calls.unsent(module, method)
         return None
 
@@ -136,34 +133,30 @@ class Run:
         with self._parenthood(), self.calls.watched() as place, self._values.hooked(place):
             yield
         if self._stream is not None and haiku_key() is not first:
-            self._scope.rng_counters[self._stream] += 1  # the next run draws others
+            self.scope.rng_counters[self._stream] += 1  # the next run draws others
         self._values.keep()
-        if self._is_seen and self._host.is_initializing():
+        if self.is_seen and self.host.is_initializing():
             self._show_hidden()
-
-    def _parenthood(self) -> contextlib.AbstractContextManager[None]:
-        """Returns a context in which Haiku code runs."""
-        return contextlib.nullcontext() if self._compact else no_flax_parent()
 
     def _row(self, module: hk.Module) -> Any:
         name = module.module_name
-        known, row = self._rows.get(name, (None, self._host))
+        known, row = self._rows.get(name, (None, self.host))
         if known is module:
             return row
-        path = self._names.path(name)
+        path = self.names.path(name)
         if path:  # the host is under construction otherwise, and calls a method of its own
             _, parent = self._rows.get(name.rpartition("/")[0], (None, None))
-            if parent is None or not self._compact or path in self._values.scopes:
+            if parent is None or not self.compact or path in self._values.scopes:
                 parent = self._values.scope(name)
-            row = self._make_row(module, parent, path[-1])
+            row = self.make_row(module, parent, path[-1])
             self._values.scopes[path] = row.scope
         self._rows[name] = module, row
         return row
 
     def _stand_in(self, path: Path) -> Any:
         """Returns the Flax module of a level of which Flax sees no call."""
-        classes = {self._names.path(name): hk_cls for name, hk_cls in self.calls.classes.items()}
-        return self._make_row(classes.get(path, NameScope), self._values.scopes[path], path[-1])
+        classes = {self.names.path(name): hk_cls for name, hk_cls in self.calls.classes.items()}
+        return self.make_row(classes.get(path, NameScope), self._values.scopes[path], path[-1])
 
     def _show_hidden(self) -> None:
         """Makes a call at each level that had none.
@@ -173,7 +166,7 @@ class Run:
         """
         for name in self.calls.classes:
             self._values.scope(name)
-        shown = {(), *map(self._names.path, self._rows)}
+        shown = {(), *map(self.names.path, self._rows)}
         for path in [path for path in self._values.scopes if path not in shown]:
             self._stand_in(path).inside_transform()
 
@@ -183,18 +176,17 @@ class Run:
         The stream's counter stays where it is: what a native Flax module would draw from
         it next, a parameter at the root for instance, gets the same key here.
         """
-        self._stream = next(filter(self._scope.has_rng, streams), None)
+        self._stream = next(filter(self.scope.has_rng, streams), None)
         if self._stream is None:
             return None
-        key = self._scope.make_rng(self._stream)
-        self._scope.rng_counters[self._stream] -= 1
+        key = self.scope.make_rng(self._stream)
+        self.scope.rng_counters[self._stream] -= 1
         return key
 
 
 def haiku_key() -> jax.Array | None:
     """Returns the key that Haiku will split next: another object after each split."""
-    state = hk.maybe_get_rng_sequence_state()
-    return None if state is None else state[0]
+    return (hk.maybe_get_rng_sequence_state() or (None,))[0]
 
 
 def is_missing_key(error: Exception) -> bool:

@@ -12,9 +12,7 @@ from flax.core import Scope, meta
 from haiku_mlp import JaxInitializer
 
 from .calls import Call, Place
-from .names import Names, Path, flatten
-
-Tree = Mapping[str, Mapping[str, Any]]
+from .names import Names, Path, Tree, flatten
 
 
 class Values:
@@ -79,7 +77,7 @@ class Values:
         elif self._is_written or self._root.is_mutable_collection("state"):
             self._keep("state", hk.get_current_state(), overwrite=True)
 
-    def _keep(self, collection: str, tree: Tree, *, overwrite: bool = False) -> None:
+    def _keep(self, collection: str, tree: Mapping[str, Tree], *, overwrite: bool = False) -> None:
         found = getattr(self, collection)
         for module_name, name, value in hk.data_structures.traverse(tree):
             if value is found.get(module_name, {}).get(name):
