@@ -102,13 +102,10 @@ class Calls:
             yield self.place
 
     def unsent(self, module: hk.Module, method: str) -> Call:
-        """Returns the method such that the call itself is not sent; those inside of it are."""
-
-        def call(*args: Any, **kwargs: Any) -> Any:
+        """Returns a method of which the next call is not sent; those inside of it are."""
+        if self._is_sending:
             self._passing = id(module), method
-            return getattr(module, method)(*args, **kwargs)
-
-        return call if self._is_sending else getattr(module, method)
+        return getattr(module, method)
 
     def _intercept(
         self, next_f: Call, args: tuple[Any, ...], kwargs: dict[str, Any], context: hk.MethodContext

@@ -9,6 +9,7 @@ native model; but only where Flax looks.
 import contextlib
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,7 +24,7 @@ from .names import Names, Path
 from .private import no_flax_parent
 from .values import Values
 
-_transformed = hk.transform_with_state(lambda body: body())
+_transformed = hk.transform_with_state(operator.call)
 
 
 class NameScope(hk.Module):
