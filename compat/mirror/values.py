@@ -50,8 +50,7 @@ class Values:
         for depth, part in enumerate(path, start=1):
             if path[:depth] not in self.scopes:
                 parent = self.scopes[path[: depth - 1]]
-                if None not in parent.reservations.get(part, {None}):
-                    raise _name_clash(parent, part)
+                _reserve(parent, part, None)
                 self.scopes[path[:depth]] = parent.push(part, reuse=True)
         return self.scopes[path]
 
@@ -87,7 +86,7 @@ class Values:
             is_level = isinstance(scope.get_variable(collection, key), Mapping)
             key += "~" * (is_level and not key.endswith("~"))
             if not scope.has_variable(collection, key):
-                _reserve(scope, collection, key)
+                _reserve(scope, key, collection)
             elif overwrite:
                 value = meta.replace_boxed(scope.get_variable(collection, key), value)
             else:
@@ -146,7 +145,7 @@ class Values:
         module_name = hk.current_name()
         name = context.full_name.removeprefix(f"{module_name}/")  # may have a slash itself
         scope, key = self.scope(module_name), self.names.key(collection, module_name, name)
-        _reserve(scope, collection, key)
+        _reserve(scope, key, collection)
         return scope, key
 
     def _raise(self, context: hk.GetterContext) -> None:
@@ -170,16 +169,13 @@ def _get(scope: Scope, collection: str, name: str) -> Any:
     return meta.unbox(scope.get_variable(collection, name, hk.DO_NOT_STORE))
 
 
-def _reserve(scope: Scope, collection: str, name: str) -> None:
-    if None in scope.reservations.get(name, ()):
-        raise _name_clash(scope, name)
-    if not scope.name_reserved(name, collection):
-        scope.reserve(name, collection)
-
-
-def _name_clash(scope: Scope, name: str) -> Exception:
-    return ValueError(
-        f"{name!r} at {scope.path_text!r} is both a value and a submodule, which Haiku allows "
-        "and Flax does not: rename one; or initialise with hk.transform and convert by "
-        "compat.to_flax, apply takes that tree"
-    )
+def _reserve(scope: Scope, name: str, collection: str | None) -> None:
+    """Takes a name for a value of a collection; None: for a submodule."""
+    users = scope.reservations[name]
+    if users and (None in users) != (collection is None):
+        raise ValueError(
+            f"{name!r} at {scope.path_text!r} is both a value and a submodule, which Haiku allows "
+            "and Flax does not: rename one; or initialise with hk.transform and convert by "
+            "compat.to_flax, apply takes that tree"
+        )
+    users.add(collection)
