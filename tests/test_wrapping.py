@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from comparison import assert_identical, median_times, num_calls, root_key
-from flax import errors
+from flax import errors, nnx
 from flax import linen as nn
 from tables.haiku_programs import Counter, Net
 
 import compat
 import haiku_mlp
+from compat import nnx as compat_nnx
 
 KEY = jax.random.key(5)
 X = np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32)
@@ -266,6 +267,15 @@ def test_a_pair_runs_as_it_is(rng):
     assert_identical(model.apply(variables, X), expected)
     captured = model.apply(variables, X, capture_intermediates=True)[1]["intermediates"]
     assert "net" in captured
+
+
+def test_a_pair_has_the_arguments_of_its_function():
+    """By which NNX finds its mode."""
+    pair = hk.transform(lambda x, is_training=True: x * is_training)
+    model = compat_nnx.HaikuFunction(pair, example=(X,), rngs=nnx.Rngs(0))
+    assert model(X).any()
+    model.eval()
+    assert not model(X).any()
 
 
 def test_multi_transform():
