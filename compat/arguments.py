@@ -107,13 +107,13 @@ class Given:
 
 def copied(value: Any, replace: Callable[[Any], Any] = lambda leaf: leaf) -> Any:
     """Copies dicts, lists, tuples and sets, ``replace`` done to all else in them."""
-    if type(value) in (list, tuple):
+    if type(value) in (list, tuple, set):
         return type(value)(copied(entry, replace) for entry in value)
     if isinstance(value, dict):
         new = copy.copy(value)
         new.update({key: copied(entry, replace) for key, entry in value.items()})
         return new
-    return set(value) if type(value) is set else replace(value)
+    return replace(value)
 
 
 def _view(value: Any) -> Any:
