@@ -65,7 +65,7 @@ class Given:
         factory = getattr(field, "default_factory", None)
         if name not in self._arguments and callable(factory):
             return factory()
-        return copied(self._bound(self.arguments(modules), defaults=True).arguments[name])
+        return self._bound(self.arguments(modules), defaults=True).arguments[name]
 
     def construct(self, name: str, modules: Modules) -> hk.Module:
         """Returns a new Haiku module, ``name`` given to a class that needs one."""

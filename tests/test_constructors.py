@@ -256,7 +256,7 @@ values = st.recursive(
     ),
     max_leaves=5,
 )
-RESERVED = {"copy", "init", "parent", "haiku_arguments"}  # by Flax or the field names
+RESERVED = {"copy", "init", "parent", "scope", "haiku_arguments"}  # by Flax or the field names
 WAYS_OF_NAME = [
     ("", "", ""),  # none; last of what is positional; of what is by keyword
     ("", "name=None", ""),
@@ -383,6 +383,22 @@ def test_a_dataclass(through):
     changed = model.clone(sizes=[3])
     assert changed.init_with_output(KEY)[0][1] == [3]
     assert (model.sizes, changed.sizes) == ([1, 2], [3])
+
+
+class Doubled(compat.wrap(hk.Linear)):
+    """Of a user."""
+
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+@pytest.mark.parametrize("package", [pickle, cloudpickle])
+def test_a_pickled_subclass(package):
+    model = package.loads(package.dumps(Doubled(3, name="net")))
+    assert type(model) is Doubled
+    assert model == Doubled(3, name="net")
+    variables = model.init(KEY, X)
+    assert_identical(model.apply(variables, X), 2 * compat.wrap(hk.Linear)(3).apply(variables, X))
 
 
 # Names.

@@ -263,6 +263,16 @@ def test_outputs_without_a_gradient():
     assert shapes == {"__call___2": (2, 3), "__call___3": ()}
 
 
+def test_outputs_of_an_unbound_module():
+    class Doubles(nn.Module):
+        def double(self, x):
+            return 2 * x
+
+    with compat.perturb_outputs():
+        assert Doubles().double(1.5) == 3
+        np.testing.assert_array_equal(Doubles().double(X), 2 * X)
+
+
 def test_outputs_of_another_batch():
     with compat.perturb_outputs():
         variables = MLP.init(KEY, X)

@@ -168,6 +168,29 @@ def subclasses(**fields):
     return [model(nk.models.MLP), model(compat.MLP)]
 
 
+class Scaled(nn.Module):
+    """Takes numbers too; its parameter is drawn."""
+
+    @nn.compact
+    def __call__(self, z):
+        return z * self.param("scale", nn.initializers.normal(), ())
+
+
+def shared(activation):
+    """Returns NetKet's model and ours, in one that shares a module with it."""
+
+    def model(mlp):
+        class Parent(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                scaled = Scaled()
+                return scaled(mlp(hidden_dims=(4,), hidden_activations=activation(scaled))(x))
+
+        return Parent()
+
+    return [model(nk.models.MLP), model(compat.MLP)]
+
+
 def dense(z):
     return nn.Dense(5)(z)
 
@@ -180,8 +203,10 @@ def dense(z):
             m(hidden_dims=(3, 4), hidden_activations=dense) for m in (nk.models.MLP, compat.MLP)
         ],
         lambda: subclasses(hidden_dims=(4,), hidden_activations=dense),
+        lambda: shared(lambda scaled: lambda z: Scaled()(z)),
+        lambda: shared(lambda scaled: scaled),
     ],
-    ids=["two calls", "Dense in an activation", "both"],
+    ids=["two calls", "Dense in an activation", "both", "made", "shared"],
 )
 def test_flax_numbers_the_names(models):
     """As in NetKet's model, which is compact."""

@@ -85,6 +85,13 @@ TREES = {
         None,
         {"params": {"mlp": {"block": {"linear_0": {"w": 1}}}, "linear": {"w": 2}}},
     ),
+    "an MLP beside a module without values": (
+        {"mlp/block/linear_0": {"w": 1}, "linear": {}},
+        {},
+        None,
+        {"params": {"mlp": {"block": {"linear_0": {"w": 1}}}, "linear": {}}},
+    ),
+    "no layer of NetKet's": ({"Dense_0": {"w": 1}}, {}, None, {"params": {"Dense_0": {"w": 1}}}),
     "a level without values": ({"a": {}}, {}, None, {"params": {"a": {}}}),
     "all outside of the root": ({"b": {"w": 1}}, {}, "a", {"params": {"/b": {"w": 1}}}),
     "outside of modules, with a root": (

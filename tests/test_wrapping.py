@@ -269,6 +269,13 @@ def test_a_pair_runs_as_it_is(rng):
     assert "net" in captured
 
 
+def test_calls_of_a_pair_draw_different_keys():
+    pair = hk.transform(lambda x: hk.dropout(hk.next_rng_key(), 0.5, x))
+    model, x = compat.HaikuFunction(pair), np.ones(100)
+    first, second = model.apply({}, x, rngs={"dropout": KEY}, method=lambda m, x: (m(x), m(x)))
+    assert (first != second).any()
+
+
 def test_a_pair_has_the_arguments_of_its_function():
     """By which NNX finds its mode."""
     pair = hk.transform(lambda x, is_training=True: x * is_training)
