@@ -41,10 +41,8 @@ def perturb(name: str, value: Any, collection: str = "perturbations") -> Any:
       >>> jax.grad(model.apply)(variables, jnp.ones(2))["perturbations"]["square"].tolist()
       [3.0, 3.0]
     """
-    mirror = watcher()
-    if mirror is None:
-        return value
-    return mirror.module(hk.current_name()).perturb(name, value, collection)
+    module = _running_module()
+    return value if module is None else module.perturb(name, value, collection)
 
 
 def sow(collection: str, name: str, value: Any) -> bool:
@@ -70,10 +68,14 @@ def sow(collection: str, name: str, value: Any) -> bool:
       >>> [float(mean) for mean in variables["intermediates"]["mean"]]
       [1.0]
     """
+    module = _running_module()
+    return module is not None and module.sow(collection, name, value)
+
+
+def _running_module() -> Any:
+    """Returns what stands for the Haiku module that runs, or None where Flax sees none."""
     mirror = watcher()
-    if mirror is None:
-        return False
-    return mirror.module(hk.current_name()).sow(collection, name, value)
+    return None if mirror is None else mirror.module(hk.current_name())
 
 
 @contextlib.contextmanager
