@@ -1,6 +1,7 @@
 """The table of cases: configurations of the MLP, and inputs."""
 
 import contextlib
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +29,30 @@ def split_gelu(z):
 
 
 def first(quick, names):
-    """The names as parameters of a test, those not in ``quick`` marked slow."""
-    return [pytest.param(n, marks=[pytest.mark.slow] * (n not in quick)) for n in names]
+    """The names as parameters of a test, those not in ``quick`` marked slow.
+
+    A name may be a tuple, one for each parameter.
+    """
+    return [
+        pytest.param(
+            *(name if isinstance(name, tuple) else (name,)),
+            marks=[pytest.mark.slow] * (name not in quick),
+        )
+        for name in names
+    ]
+
+
+def cover(*axes):
+    """All combinations as parameters; those beyond a few that show each value marked slow."""
+    sizes = [len(axis) for axis in axes]
+    quick = {tuple(i % size for size in sizes) for i in range(max(sizes))}
+    return [
+        pytest.param(
+            *(axis[i] for axis, i in zip(axes, index, strict=True)),
+            marks=[pytest.mark.slow] * (index not in quick),
+        )
+        for index in itertools.product(*map(range, sizes))
+    ]
 
 
 FACES = {

@@ -297,6 +297,7 @@ def test_sizes_that_no_array_has(fields):
         jax.eval_shape(hk.transform(lambda: haiku_mlp.MLP(**fields)(X)).init, KEY)
 
 
+@pytest.mark.slow
 def test_sizes_that_no_memory_holds():
     """More than the address space of a process: an error of JAX's, at once."""
     model, x = compat.MLP(hidden_dims=(2**22, 2**23), use_hidden_bias=False), np.ones((1, 1))

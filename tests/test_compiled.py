@@ -2,6 +2,7 @@
 
 import re
 
+import cases
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -33,8 +34,9 @@ def program(function, *args):
     return re.sub(names, lambda m: numbers.setdefault(m[0].lstrip("%"), f"n{len(numbers)}"), text)
 
 
-@pytest.mark.parametrize("hidden_dims", [(16,), (32, 32)], ids=str)
-@pytest.mark.parametrize("is_gradient", [False, True])
+@pytest.mark.parametrize(
+    ("hidden_dims", "is_gradient"), cases.cover([(32, 32), (16,)], [True, False])
+)
 def test_compiled_text(hidden_dims, is_gradient, optimized):
     fields = {"hidden_dims": hidden_dims, "param_dtype": jnp.float32}
     x = jnp.ones((64, 8), jnp.float32)

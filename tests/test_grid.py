@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import x64
+from cases import cover, x64
 from jax import export
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, PartitionSpec
@@ -220,10 +220,9 @@ def small_blocks(monkeypatch):
 @pytest.mark.parametrize(
     ("quantity", "name"),
     [
-        (quantity, name)
-        for quantity in QUANTITIES
-        for name in NETWORKS
-        if name in WITHOUT_PARAMETERS or not QUANTITIES[quantity].of_layers
+        case
+        for case in cover(list(QUANTITIES), list(NETWORKS))
+        if case.values[1] in WITHOUT_PARAMETERS or not QUANTITIES[case.values[0]].of_layers
     ],
 )
 def test_networks(quantity, name):
@@ -279,24 +278,23 @@ CIRCUMSTANCES = {
     function.__name__: function
     for function in (
         strictly,
-        debugged,
         in_32_bits,
+        exported,
         sharded,
         on_an_explicit_mesh,
-        exported,
+        debugged,
     )
 }
 
 
-CASES = [
-    pytest.param(q, c, marks=[pytest.mark.slow] * (c == "debugged"))
-    for q in QUANTITIES
-    for c in CIRCUMSTANCES
-    if c not in QUANTITIES[q].without
-]
-
-
-@pytest.mark.parametrize(("quantity", "circumstance"), CASES)
+@pytest.mark.parametrize(
+    ("quantity", "circumstance"),
+    [
+        case
+        for case in cover(list(QUANTITIES), list(CIRCUMSTANCES))
+        if case.values[1] not in QUANTITIES[case.values[0]].without
+    ],
+)
 def test_circumstances(quantity, circumstance):
     """Of a network whose activation has a parameter, of another dtype, where that may be."""
     name = "half precision" if QUANTITIES[quantity].of_layers else "own parameter"
@@ -322,8 +320,10 @@ def test_kernel_plan(circumstance):
     assert plans[0] == haiku_mlp.kernel_plan(net.forward, params, net.x)
 
 
-@pytest.mark.parametrize("method", ["tangent_kernel", "connected", "laplacian"])
-@pytest.mark.parametrize("name", ["own parameter", "own module"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    cover(["own parameter", "own module"], ["tangent_kernel", "connected", "laplacian"]),
+)
 def test_parameters_made_by_a_method(name, method):
     """Are those that the call makes, and hold no tracer."""
     fields, x = NETWORKS[name]

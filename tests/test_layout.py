@@ -98,7 +98,8 @@ PLANTED = {
 @pytest.mark.parametrize(("file", "line", "message"), PLANTED.values(), ids=PLANTED)
 def test_a_planted_arrow_is_found(tmp_path, file, line, message):
     for package in ("haiku_mlp", "compat"):
-        shutil.copytree(layout.ROOT / package, tmp_path / package)
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(layout.ROOT / package, tmp_path / package, ignore=ignored)
     path = tmp_path / file
     path.write_text((path.read_text() if path.exists() else "") + f"\n{line}\n")
     if message.endswith("circle"):

@@ -1,5 +1,7 @@
 """Local energies by the structure of the model against NetKet's own, through its own calls."""
 
+import functools
+
 import cases
 import jax
 import jax.numpy as jnp
@@ -85,19 +87,19 @@ class TestConfigurations:
         y[1, 2, :num_changes] = -x[1, :num_changes]
         return jnp.asarray(x, dtype), jnp.asarray(y, dtype)
 
-    @pytest.mark.parametrize("num_changes", cases.first({0, 2, 5}, range(6)))
-    @pytest.mark.parametrize("block_size", [None, 4])
+    @pytest.mark.parametrize(("num_changes", "block_size"), cases.cover([2, 5, 0], [None, 4]))
     def test_equal_the_full_evaluation(self, num_changes, block_size):
         network, (x, y) = self.network(), self.configurations(num_changes)
-        assert_close(
-            at_configurations(network, x, y, block_size=block_size), forward(network, y), 1e-14
-        )
+        ours = functools.partial(at_configurations, network, block_size=block_size)
+        expected = functools.partial(forward, network)
+        assert_close(jax.jit(ours)(x, y), jax.jit(expected)(y), 1e-14)
 
     @pytest.mark.parametrize(("num_inputs", "dtype"), [(5, float), (16, jnp.float32)])
     def test_dtypes_and_few_inputs(self, num_inputs, dtype):
         network = self.network(num_inputs, complex)
         x, y = self.configurations(2, num_inputs, dtype)
-        assert_close(at_configurations(network, x, y), forward(network, y), 1e-14)
+        ours = jax.jit(functools.partial(at_configurations, network))(x, y)
+        assert_close(ours, jax.jit(functools.partial(forward, network))(y), 1e-14)
 
     @pytest.mark.parametrize("shape", [(0, 7), (3, 0)])
     def test_none(self, shape):
@@ -119,7 +121,7 @@ class TestConfigurations:
         )
 
 
-QUICK = {"ising", "heisenberg", "diagonal", "five_sites"}
+QUICK = {"heisenberg"}
 
 
 @pytest.mark.parametrize("name", cases.first(QUICK, OPERATORS))
@@ -145,7 +147,7 @@ def test_models(name):
 class TestCalls:
     """What NetKet computes from local values, of a state in chunks or not."""
 
-    @pytest.mark.parametrize("chunk_size", cases.first({None, 8}, [None, 32, 8]))
+    @pytest.mark.parametrize("chunk_size", cases.first({8}, [None, 32, 8]))
     def test_energy_and_gradient(self, chunk_size):
         ours, stock = pair(MODELS["real"], chunk_size=chunk_size)
         (energy, gradient), (expected, expected_gradient) = (

@@ -54,6 +54,7 @@ def test_faces_agree_and_a_difference_is_seen():
     assert not command._agree(off, weights, inputs)
 
 
+@pytest.mark.slow
 def test_both_faces_and_the_chart(run, tmp_path):
     process = run("--steps", 30, "--plot", "chart.png")
     assert process.returncode == 0, process.stderr
@@ -96,6 +97,7 @@ sys.meta_path.insert(0, Blocker())
 """
 
 
+@pytest.mark.slow
 def test_haiku_face_needs_neither_flax_nor_matplotlib(run, monkeypatch):
     """Nor a terminal that shows the frames of its table."""
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
@@ -153,6 +155,7 @@ def test_bad_arguments_get_one_line(arguments, words, tmp_path, monkeypatch, cap
     assert_refused(subprocess.CompletedProcess([], refusal.value.code, output, errors), *words)
 
 
+@pytest.mark.slow
 def test_refusal_as_a_program(run):
     assert_refused(run("--plot", "no/such/chart.png"), "--plot", "cannot write")
 
@@ -173,10 +176,9 @@ def test_checking_the_plot_path_leaves_no_trace(before, tmp_path):
 @pytest.mark.parametrize(
     ("names", "arguments"),
     [
-        (["masstable"], []),
-        (["tqdm"], []),
-        (["matplotlib"], ["--plot", "chart.png"]),
         (["masstable", "tqdm"], []),
+        pytest.param(["tqdm"], [], marks=pytest.mark.slow),
+        pytest.param(["matplotlib"], ["--plot", "chart.png"], marks=pytest.mark.slow),
     ],
 )
 def test_a_missing_extra_gets_one_line(names, arguments, run, tmp_path):

@@ -1,10 +1,13 @@
 """``min_sr`` and ``natural_gradient`` against the solution in parameter space."""
 
+import functools
+
 import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import cover
 from comparison import assert_close
 from jax.flatten_util import ravel_pytree
 
@@ -49,14 +52,12 @@ def kernel_of(jacobian):
 
 
 class TestMinSR:
-    @pytest.mark.parametrize("jit", [False, True])
-    @pytest.mark.parametrize("dtype", [float, complex])
-    @pytest.mark.parametrize("centered", [False, True])
-    @pytest.mark.parametrize("num_params", [4, 40])
-    @pytest.mark.parametrize("outputs", [(), (2,)])
-    def test_equals_the_solution_in_parameter_space(
-        self, jit, dtype, centered, num_params, outputs
-    ):
+    @pytest.mark.parametrize(
+        ("size", "dtype", "centered", "jit"),
+        cover([(4,), (40,), (2, 4), (2, 40)], [float, complex], [False, True], [True, False]),
+    )
+    def test_equals_the_solution_in_parameter_space(self, size, dtype, centered, jit):
+        *outputs, num_params = size
         jacobian, residuals = normal(7, *outputs, num_params, dtype=dtype), normal(7, *outputs)
         residuals = residuals.astype(dtype)
         solve = jax.jit(min_sr, static_argnames="centered") if jit else min_sr
@@ -91,13 +92,17 @@ class TestMinSR:
 
     def test_dtypes(self):
         kernel = np.eye(3, dtype=np.float32)
+        half = kernel.astype(jnp.bfloat16)
+
+        def dtype(*arguments):
+            return jax.eval_shape(min_sr, *arguments).dtype
+
+        assert dtype(kernel, np.ones(3, np.float32), 0.1) == jnp.float32
+        assert dtype(kernel, np.arange(3), 1) == jnp.float32
+        assert dtype(kernel, np.arange(3.0), 1) == jnp.float64
+        assert dtype(half, jnp.ones(3, jnp.bfloat16), 1) == jnp.float32
+        assert dtype(kernel, np.ones(3, np.complex64), 0.1) == jnp.complex64
         assert min_sr(kernel, np.ones(3, np.float32), 0.1).dtype == jnp.float32
-        assert min_sr(kernel, np.arange(3), 1).dtype == jnp.float32
-        assert min_sr(kernel, np.arange(3.0), 1).dtype == jnp.float64
-        assert (
-            min_sr(kernel.astype(jnp.bfloat16), jnp.ones(3, jnp.bfloat16), 1).dtype == jnp.float32
-        )
-        assert min_sr(kernel, np.ones(3, np.complex64), 0.1).dtype == jnp.complex64
 
     def test_differentiable(self):
         jacobian, residuals = normal(7, 10), normal(7)
@@ -172,23 +177,25 @@ def network(**fields):
 
     net = hk.without_apply_rng(hk.multi_transform(forward_and_kernel))
     x = normal(9, 4)
-    params = net.init(jax.random.key(0), x)
+    params = jax.jit(net.init)(jax.random.key(0), x)
     forward, kernel = net.apply
     flat, unravel = ravel_pytree(params)
-    is_real = not jnp.iscomplexobj(forward(params, x))
+    is_real = not jnp.iscomplexobj(jax.eval_shape(forward, params, x))
     if jnp.iscomplexobj(flat) and is_real:
         parts = (flat.real, flat.imag)
-        jacobian = jax.jacrev(lambda p: forward(unravel(p[0] + 1j * p[1]), x))(parts)
+        jacobian = jax.jit(jax.jacrev(lambda p: forward(unravel(p[0] + 1j * p[1]), x)))(parts)
         jacobian = jnp.concatenate(jacobian, -1)
     else:
-        jacobian = jax.jacrev(lambda p: forward(unravel(p), x), holomorphic=not is_real)(flat)
-    return (lambda p: forward(p, x)), params, kernel(params, x), np.asarray(jacobian)
+        rows = jax.jacrev(lambda p: forward(unravel(p), x), holomorphic=not is_real)
+        jacobian = jax.jit(rows)(flat)
+    return (lambda p: forward(p, x)), params, jax.jit(kernel)(params, x), np.asarray(jacobian)
 
 
 class TestNaturalGradient:
-    @pytest.mark.parametrize("momentum", [None, 0.7])
-    @pytest.mark.parametrize("centered", [False, True])
-    @pytest.mark.parametrize("name", ["real", "holomorphic", "complex_to_real"])
+    @pytest.mark.parametrize(
+        ("name", "centered", "momentum"),
+        cover(["real", "holomorphic", "complex_to_real"], [False, True], [None, 0.7]),
+    )
     def test_equals_the_solution_in_parameter_space(self, name, centered, momentum):
         fields = {"hidden_dims": (3,), "hidden_activations": jnp.tanh}
         if name != "real":
@@ -202,16 +209,11 @@ class TestNaturalGradient:
             previous = jax.tree.map(lambda a: jnp.asarray(normal(*a.shape), a.dtype), params)
             old = np.asarray(ravel_pytree(previous)[0])
             old = np.concatenate([old.real, old.imag]) if name == "complex_to_real" else old
-        step = haiku_mlp.natural_gradient(
-            function,
-            params,
-            kernel,
-            residuals,
-            1e-2,
-            centered=centered,
-            momentum=0.0 if momentum is None else momentum,
-            previous=previous,
-        )
+        step = jax.jit(
+            functools.partial(
+                haiku_mlp.natural_gradient, function, centered=centered, momentum=momentum or 0.0
+            )
+        )(params, kernel, residuals, 1e-2, previous=previous)
         assert jax.tree.structure(step) == jax.tree.structure(params)
         expected = parameter_space(
             jacobian, residuals, 1e-2, centered=centered, momentum=momentum, previous=old

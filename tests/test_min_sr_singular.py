@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import first
 
 import haiku_mlp
 from haiku_mlp import semidefinite
@@ -38,7 +39,8 @@ def errors(num_samples, num_params, damping, *, centered, dtype, size=1.0):
 
 
 @pytest.mark.parametrize(
-    ("num_params", "centered", "size"), [(63, False, 1e3), (20, False, 1.0), (70, True, 1.0)]
+    ("num_params", "centered", "size"),
+    first([(70, True, 1.0)], [(63, False, 1e3), (20, False, 1.0), (70, True, 1.0)]),
 )
 def test_no_damping(num_params, centered, size):
     """Rank 63 or 20 of 64: a pivot is a rounding error, which is negative or not.
@@ -83,6 +85,7 @@ def eigensolver_runs(monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.slow
 def test_the_eigensolver_runs_only_where_it_is_needed(eigensolver_runs):
     kernel, residuals = np.diag([2.0, 1.0, 0.0]), np.arange(3.0)
 

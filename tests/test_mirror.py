@@ -19,6 +19,8 @@ import compat
 KEY = jax.random.key(5)
 CASES = MODULES | PROGRAMS
 LARGE = {"nets.ResNet", "nets.MobileNetV1"}
+QUICK = {*PROGRAMS, "Linear", "nets.MLP", "BatchNorm", "SpectralNorm", "nets.VectorQuantizerEMA"}
+QUICK |= {"MultiHeadAttention", "SeparableDepthwiseConv2D", "ResetCore, dynamic_unroll"}
 DRAWING = {"keys", "reserved keys", "vmap, split", "lift", "transparent_lift"}  # at apply too
 # Modules of a transform inside: their names are not those of their values.
 LIFTS = {"lift", "lift_with_state"}
@@ -41,7 +43,7 @@ def faces(name):
     return compat.HaikuFunction(function), hk.transform_with_state(function), CASES[name].input()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", first(QUICK, CASES))
 def test_initial_values(name):
     """Parameters and state are those of plain Haiku, from any key: the programs are the same."""
     model, net, x = faces(name)
@@ -60,7 +62,7 @@ def test_initial_values(name):
     assert program == lowered_text(theirs, KEY, x)
 
 
-@pytest.mark.parametrize("name", ["nets.MLP", "outside of modules"])
+@pytest.mark.parametrize("name", ["outside of modules"])
 def test_initial_values_run(name):
     """Without ``jit``."""
     model, net, x = faces(name)
@@ -90,7 +92,7 @@ def with_gradient(apply):
     return run
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", first(QUICK, CASES))
 def test_programs(name):
     """Output, new state and gradient; with a key where one is drawn, that of Flax's root."""
     model, net, x = faces(name)
@@ -159,7 +161,7 @@ def flax_path(module_name):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in CASES if name not in LIFTS | {"transparent_lift"}]
+    "name", first(CASES.keys() - LARGE, [n for n in CASES if n not in LIFTS | {"transparent_lift"}])
 )
 def test_captured_calls(name):
     """Each call of a module outside of inner transforms, with its output."""
@@ -179,7 +181,7 @@ def test_captured_calls(name):
     assert found == {flax_path(name): outputs for name, outputs in calls.items()}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", first(CASES.keys() - LARGE, CASES))
 def test_table(name):
     check_table(name)
 

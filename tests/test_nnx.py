@@ -4,6 +4,7 @@ import copy
 import functools
 import pickle
 
+import cases
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -242,7 +243,7 @@ def test_bad_arguments():
 # Plain Haiku's numbers and programs.
 
 
-@pytest.mark.parametrize("name", ["BatchNorm", "LSTM, dynamic_unroll"])
+@pytest.mark.parametrize("name", cases.first({"BatchNorm"}, ["BatchNorm", "LSTM, dynamic_unroll"]))
 def test_numbers_are_haikus(name, check_leaks):
     function, x = MODULES[name].function, MODULES[name].input()
     model = compat_nnx.HaikuFunction(function, example=(x,), rngs=nnx.Rngs(0))
@@ -254,11 +255,8 @@ def test_numbers_are_haikus(name, check_leaks):
     assert_identical(plain(model), (params, state))
 
 
-FAST = ("MultiHeadAttention", "SpectralNorm", "nets.VectorQuantizerEMA", "GRU, dynamic_unroll")
-
-
 @pytest.mark.parametrize(
-    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in MODULES]
+    "name", cases.first({"SpectralNorm", "nets.VectorQuantizerEMA", "GRU, dynamic_unroll"}, MODULES)
 )
 def test_programs_of_all_modules_are_haikus(name, check_leaks):
     assert_program_is_haikus(MODULES[name].function, MODULES[name].input())
@@ -354,7 +352,7 @@ def transparent(x):
 ODD = (scanned, mapped, stacked, lifted, differentiated, named, transparent, mixed)
 
 
-@pytest.mark.parametrize("function", ODD)
+@pytest.mark.parametrize("function", cases.first({stacked, lifted, named, mixed}, ODD))
 def test_programs_of_odd_code_are_haikus(function, check_leaks):
     assert_program_is_haikus(function, X)
 
@@ -491,8 +489,9 @@ def test_a_deterministic_model_may_be_closed_over():
     assert closed.rngs.count[...] == 0
 
 
-@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-def test_no_tracer_leaks(make, check_leaks):
+@pytest.mark.parametrize("name", cases.first({"wrap"}, MAKERS))
+def test_no_tracer_leaks(name, check_leaks):
+    make = MAKERS[name]
     nnx.jit(lambda model, x: model(x))(make(), X)
     jax.jit(lambda x: make()(x)).lower(X)
     jax.eval_shape(jax.grad(lambda x: make()(x).sum()), X)
@@ -757,7 +756,8 @@ def test_tangent_kernel_of_any_model():
 # NetKet.
 
 
-@pytest.mark.parametrize("driver", [pytest.param(nk.driver.VMC_SR, marks=pytest.mark.slow), MinSR])
+@pytest.mark.parametrize("driver", [nk.driver.VMC_SR, MinSR])
+@pytest.mark.slow
 def test_netket(driver):
     hilbert = nk.hilbert.Spin(0.5, 4)
     hamiltonian = nk.operator.Ising(hilbert, nk.graph.Chain(4), h=1.0)

@@ -77,6 +77,7 @@ def test_a_planted_setting_is_found(run_fresh, package):
     assert "a global setting changed" in process.stderr
 
 
+@pytest.mark.slow
 def test_another_compat_is_named(tmp_path):
     (tmp_path / "compat").mkdir()
     (tmp_path / "compat" / "__init__.py").write_text("")

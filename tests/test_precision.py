@@ -21,12 +21,12 @@ DIFFERENCES = {"modes": ("fwd", "rev"), "eps": 1e-5, "atol": 1e-6, "rtol": 1e-6}
 
 def flax_face(**fields):
     model = compat.MLP(**fields)
-    return model.init(KEY, X), model.apply
+    return jax.jit(model.init)(KEY, X), jax.jit(model.apply)
 
 
 def haiku_face(**fields):
     net = hk.without_apply_rng(hk.transform(lambda x: haiku_mlp.MLP(**fields)(x)))
-    return net.init(KEY, X), net.apply
+    return jax.jit(net.init)(KEY, X), jax.jit(net.apply)
 
 
 FACES = {"flax": flax_face, "haiku": haiku_face}
@@ -92,7 +92,7 @@ def test_without_x64_there_is_no_warning(run_fresh):
     assert process.stderr == ""
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", cases.first({jnp.bfloat16}, [jnp.bfloat16, jnp.float16]))
 def test_half_precision(face, dtype):
     """The sums of 8 rounded products differ from the exact by a few roundings."""
     weights, apply = face(hidden_dims=(8,), use_output_bias=True, param_dtype=dtype)
@@ -122,11 +122,11 @@ GRADIENTS = {
 
 
 @pytest.mark.parametrize("face", cases.first({"haiku"}, FACES))
-@pytest.mark.parametrize("name", cases.first({"complex, split"}, GRADIENTS))
+@pytest.mark.parametrize("name", cases.first({"tanh"}, GRADIENTS))
 def test_gradients(face, name):
     """First and second order, forward and reverse, by the weights and by the inputs."""
     weights, apply = FACES[face](**{"hidden_dims": (3, 2), **GRADIENTS[name]})
-    check_grads(jax.jit(apply), (weights, X[:2]), order=2, **DIFFERENCES)
+    check_grads(apply, (weights, X[:2]), order=2, **DIFFERENCES)
 
 
 def test_a_wrong_gradient_is_found(face):
@@ -137,9 +137,10 @@ def test_a_wrong_gradient_is_found(face):
     bent.defjvp(lambda primals, tangents: (bent(*primals), 1.001 * tangents[0]))
     weights, apply = face(hidden_dims=(3,), hidden_activations=bent)
     with pytest.raises(AssertionError, match="JVP"):
-        check_grads(jax.jit(apply), (weights, X), order=1, **DIFFERENCES)
+        check_grads(apply, (weights, X), order=1, **DIFFERENCES)
 
 
+@pytest.mark.slow
 def test_gradient_of_complex_inputs(face):
     weights, apply = face(hidden_dims=(3,), hidden_activations=jnp.tanh)
-    check_grads(jax.jit(apply), (weights, X[:2] + 0.5j), order=2, **DIFFERENCES)
+    check_grads(apply, (weights, X[:2] + 0.5j), order=2, **DIFFERENCES)

@@ -90,7 +90,7 @@ def assert_same_chain(sampler, model, **options):
     assert 0 < state.n_accepted < state.n_steps
 
 
-QUICK = {"local", "fock", "exchange", "hamiltonian", "multiple"}
+QUICK = {"exchange", "multiple"}
 
 
 @pytest.mark.parametrize("name", cases.first(QUICK, RULES))

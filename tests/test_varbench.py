@@ -35,6 +35,7 @@ def test_the_ansatz_is_an_mlp_summed_over_translations():
     np.testing.assert_allclose(state.log_value(-x), expected, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_marshalls_rotation_keeps_the_energy():
     hilbert, graph = nk.hilbert.Spin(0.5, 8, total_sz=0), nk.graph.Chain(8, max_neighbor_order=2)
     plain = nk.operator.Heisenberg(hilbert, graph, J=[1.0, 0.5], sign_rule=[False, False])
