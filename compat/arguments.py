@@ -67,12 +67,12 @@ class Given:
             return factory()
         return self._bound(self.arguments(modules), defaults=True).arguments[name]
 
-    def construct(self, name: str, modules: Modules) -> hk.Module:
-        """Returns a new Haiku module, ``name`` given to a class that needs one."""
+    def construct(self, name: str | None, modules: Modules) -> hk.Module:
+        """Returns a new Haiku module, ``name`` or that of its class given where one is needed."""
         arguments = self.arguments(modules)
         parameter = _signature(self._class).parameters.get("name")
         if parameter is not None and parameter.default is parameter.empty:
-            arguments["name"] = name
+            arguments["name"] = name or self._class.__name__.lower()
         bound = self._bound(arguments)
         return self._class(*bound.args, **bound.kwargs)
 

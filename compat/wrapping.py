@@ -56,8 +56,7 @@ class Wrapped(Mirrored):
 
     @nn.nowrap
     def _haiku(self) -> hk.Module:
-        name = self.name or self._haiku_class.__name__.lower()
-        return self.haiku_arguments.construct(name, self.flax_modules)
+        return self.haiku_arguments.construct(self.name, self.flax_modules)
 
     @nn.nowrap
     def __reduce__(self) -> tuple[Any, ...]:
