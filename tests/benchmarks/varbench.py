@@ -31,6 +31,7 @@ from flax import serialization
 from netket.utils import HashableArray
 
 import compat
+from compat.netket import MinSR
 
 BLOCK = 5  # steps between two looks at the clock
 TRUST = 0.1  # how far a step may turn the state
@@ -51,6 +52,7 @@ class Recipe:
     momentum: float = 0.9  # of SPRING
     stages: int = 10
     chunk: int = 64  # samples whose local energies are computed at a time
+    driver: str = "MinSR"  # or "VMC_SR", NetKet's: the same steps from another linear system
     share: float = 0.8  # of the time that is for the training
 
 
@@ -210,16 +212,21 @@ def _samples(recipe: Recipe) -> list[int]:
 def _driver(
     state: nk.vqs.MCState, hamiltonian: Any, recipe: Recipe, rate: float, shift: float
 ) -> Any:
+    options = {
+        "diag_shift": shift,
+        "momentum": recipe.momentum or None,
+        "variational_state": state,
+        "mode": "real" if recipe.outputs == 1 else "complex",
+    }
+    if recipe.driver == "MinSR":
+        return MinSR(hamiltonian, optax.sgd(rate), **options)
     with contextlib.redirect_stdout(None):  # it prints how it averages its diagnostics
         return nk.driver.VMC_SR(
             hamiltonian,
             optax.sgd(rate),
-            diag_shift=shift,
-            momentum=recipe.momentum or None,
-            variational_state=state,
             use_ntk=state.n_samples < state.n_parameters,
             on_the_fly=False,
-            mode="real" if recipe.outputs == 1 else "complex",
+            **options,
         )
 
 

@@ -67,9 +67,10 @@ def _described(letter: str, result: dict[str, Any], exact: float = math.nan) -> 
     recipe = result["recipe"]
     hidden = " x ".join(str(width) for width in (recipe["features"], *recipe["hidden"]))
     size = f"{hidden} features, {recipe['group']} group, {result['parameters']} parameters"
+    driver = recipe.get("driver", "VMC_SR")  # of results older than the choice
     text = (
         f"({letter}) {size}, "
-        f"{result['steps']} steps, {result['minutes']:.1f} minutes on {result['device']}, "
+        f"{result['steps']} steps of {driver}, {result['minutes']:.1f} minutes on {result['device']}, "
         f"seed {result['seed']}"
     )
     if math.isnan(exact):
