@@ -1,6 +1,5 @@
-"""Stochastic reconfiguration in NetKet by the tangent kernel of any model."""
+"""Stochastic reconfiguration as a driver of NetKet."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,89 +8,9 @@ import jax.numpy as jnp
 import netket as nk
 from netket.utils import struct
 
-import haiku_mlp
-from haiku_mlp.structure import Linearized, forward
-
-from ..flax_adapter import MLP
-from .layers import layers
-from .local_energies import local_energies
+from .step import check_state, checked_mode, natural_gradient
 
 Schedule = float | jax.Array | Callable[[int], Any]
-MODES = ("real", "complex", "holomorphic")
-
-
-def natural_gradient(
-    state: nk.vqs.MCState,
-    hamiltonian: Any,
-    diag_shift: float | jax.Array,
-    *,
-    mode: str | None = None,
-    momentum: float | jax.Array = 0.0,
-    previous: Any = None,
-    chunk_size: int | None = None,
-) -> tuple[Any, Any]:
-    r"""Returns the energy and the step of stochastic reconfiguration, on the state's samples.
-
-    The step is that of ``netket.driver.VMC_SR(use_ntk=True)``, but its kernel comes from
-    :func:`haiku_mlp.tangent_kernel`, without a Jacobian wherever products are cheaper.  As
-    there, with :math:`X` the centred Jacobian divided by :math:`\sqrt{B}` and
-    :math:`\epsilon` the centred local energies likewise,
-
-    .. math:: \delta = 2 X^\dagger (X X^\dagger + \lambda)^{-1} \epsilon
-
-    Args:
-      state: A state of any model, the logarithm of the wave function.
-      hamiltonian: The operator whose expectation value is minimised.
-      diag_shift: :math:`\lambda`, not negative.
-      mode: ``"real"``: the real part of the logarithm and of the local energies.
-        ``"complex"``: real and imaginary part as two real outputs, right for every
-        network.  ``"holomorphic"``: the same step in less time, if the output is a
-        holomorphic function of complex parameters.  None: complex if the output is.
-      momentum: :math:`\mu` of SPRING, see :func:`haiku_mlp.natural_gradient`.
-      previous: The step before this one, for SPRING.
-      chunk_size: Samples whose derivatives are formed, and rows of the kernel, at a time;
-        None: all.
-
-    Returns:
-      The energy, a ``netket.stats.Stats``, and the step to be subtracted, a tree like
-      ``state.parameters``.
-
-    Raises:
-      TypeError: ``state`` is no ``MCState``, or its Hilbert space is not the operator's.
-      ValueError: The mode is unknown, or does not fit the parameters.
-
-    Source: `VMC_SR of NetKet
-    <https://netket.readthedocs.io/en/latest/api/_generated/driver/netket.driver.VMC_SR.html>`_.
-
-    Example::
-
-      >>> import jax, netket as nk
-      >>> import compat
-      >>> from compat.netket import natural_gradient
-      >>> hilbert = nk.hilbert.Spin(0.5, 4)
-      >>> hamiltonian = nk.operator.Ising(hilbert, nk.graph.Chain(4), h=1.0)
-      >>> sampler = nk.sampler.MetropolisLocal(hilbert)
-      >>> state = nk.vqs.MCState(sampler, compat.MLP(hidden_dims=(8,)), n_samples=64, seed=1)
-      >>> energy, step = natural_gradient(state, hamiltonian, 1e-3)
-      >>> state.parameters = jax.tree.map(lambda p, d: p - 0.1 * d, state.parameters, step)
-    """
-    _check_state(state, hamiltonian)
-    mode = _checked_mode(mode, state)
-    energies = local_energies(state, hamiltonian)
-    step = _step(
-        _log_psi(state),
-        state.model if type(state.model) is MLP else None,
-        state.parameters,
-        state.model_state,
-        state.samples.reshape(-1, state.hilbert.size),
-        energies.reshape(-1),
-        diag_shift,
-        momentum,
-        previous,
-        mode=mode,
-        chunk_size=chunk_size,
-    )
-    return nk.stats.statistics(energies), step
 
 
 class MinSR(nk.driver.AbstractOptimizationDriver):
@@ -154,12 +73,12 @@ class MinSR(nk.driver.AbstractOptimizationDriver):
         chunk_size: int | None = None,
         stop_if_not_finite: bool = True,
     ):
-        _check_state(variational_state, hamiltonian)
+        check_state(variational_state, hamiltonian)
         super().__init__(variational_state, optimizer, minimized_quantity_name="Energy")
         self._hamiltonian = hamiltonian
         self._diag_shift = diag_shift
         self._momentum = momentum
-        self._mode = _checked_mode(mode, variational_state)
+        self._mode = checked_mode(mode, variational_state)
         self._chunk_size = chunk_size
         self._stop_if_not_finite = stop_if_not_finite
         if momentum is not None:  # now, so that a checkpoint fits a new driver
@@ -199,102 +118,6 @@ class MinSR(nk.driver.AbstractOptimizationDriver):
 
     def _at_this_step(self, value: Schedule) -> Any:
         return value(self.step_count) if callable(value) else value
-
-
-def _log_psi(state: nk.vqs.MCState) -> Callable[[Any, jax.Array], jax.Array]:
-    """Returns the function of variables and samples, equal for equal models.
-
-    NetKet has no public name for it: ``state.model`` is what the user gave, of any framework.
-    """
-    return state._apply_fun
-
-
-def _outputs(values: jax.Array, mode: str) -> jax.Array:
-    """Returns what a mode differentiates: ``(B,)``, or the two parts ``(B, 2)``."""
-    if mode == "complex":
-        return jnp.stack([values.real, values.imag], -1)
-    return values if mode == "holomorphic" else values.real
-
-
-@functools.partial(jax.jit, static_argnames=("log_psi", "mlp", "mode", "chunk_size"))
-def _step(
-    log_psi: Callable[[Any, jax.Array], jax.Array],
-    mlp: MLP | None,
-    params: Any,
-    model_state: Any,
-    samples: jax.Array,
-    local_energies: jax.Array,
-    diag_shift: float | jax.Array,
-    momentum: float | jax.Array,
-    previous: Any,
-    *,
-    mode: str,
-    chunk_size: int | None,
-) -> Any:
-    def outputs(params: Any, samples: jax.Array) -> jax.Array:
-        return _outputs(log_psi({**model_state, "params": params}, samples), mode)
-
-    def network(params: Any) -> Any:
-        return None if mlp is None else layers(mlp, {**model_state, "params": params})
-
-    function: Callable[[Any], jax.Array]
-    if chunk_size is None and _is_linearized(network(params), samples, mode):
-        linearized = Linearized(network(params), samples)
-        function, kernel = (
-            (lambda params: linearized(network(params))),
-            linearized.centered_kernel(),
-        )
-    else:
-        chunked = nk.jax.apply_chunked(outputs, in_axes=(None, 0), chunk_size=chunk_size)
-        function = functools.partial(_of_samples, chunked, samples)
-        kernel = haiku_mlp.tangent_kernel(
-            outputs, params, samples, chunk_size=chunk_size, centered=True
-        )
-    return haiku_mlp.natural_gradient(
-        function,
-        params,
-        kernel,
-        _outputs(2 * local_energies, mode),
-        diag_shift,
-        momentum=momentum,
-        previous=previous,
-    )
-
-
-def _of_samples(outputs: Callable, samples: jax.Array, params: Any) -> jax.Array:
-    return outputs(params, samples)
-
-
-def _is_linearized(network: Any, samples: jax.Array, mode: str) -> bool:
-    """Returns whether the derivatives are products of two real factors, on one device."""
-    if network is None or mode != "real" or jax.device_count() > 1:
-        return False
-    outputs = jax.eval_shape(lambda x: forward(network, x), samples)
-    dtypes = {leaf.dtype for leaf in jax.tree.leaves((network, outputs)) if hasattr(leaf, "dtype")}
-    return len(dtypes) == 1 and jnp.issubdtype(dtypes.pop(), jnp.floating)
-
-
-def _check_state(state: Any, hamiltonian: Any) -> None:
-    if not isinstance(state, nk.vqs.MCState):
-        raise TypeError(f"the state must be a netket.vqs.MCState, got a {type(state).__name__}")
-    if state.hilbert != hamiltonian.hilbert:
-        raise TypeError(
-            f"the state is of {state.hilbert}, the operator of {hamiltonian.hilbert}: give both "
-            "the same Hilbert space"
-        )
-
-
-def _checked_mode(mode: Any, state: nk.vqs.MCState) -> str:
-    if mode is None:
-        sample = jax.ShapeDtypeStruct((1, state.hilbert.size), state.sampler.dtype)
-        output = jax.eval_shape(_log_psi(state), state.variables, sample)
-        mode = "complex" if jnp.iscomplexobj(output) else "real"
-    if str(mode) not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)} or None, got {mode!r}")
-    are_complex = map(jnp.iscomplexobj, jax.tree.leaves(state.parameters))
-    if str(mode) == "holomorphic" and not all(are_complex):
-        raise ValueError("mode holomorphic needs complex parameters: give mode='complex'")
-    return str(mode)
 
 
 @jax.jit

@@ -8,8 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from haiku_mlp.structure.contraction import centered_kernel, contract, is_coarse
-from haiku_mlp.structure.network import Network, ParameterDerivatives, Part
+from haiku_mlp.structure.contraction import centered_kernel, is_coarse
+from haiku_mlp.structure.network import Network
+from haiku_mlp.structure.real_kernel import real_kernel
+
+# Of parameters, inputs, and other inputs or None.
+Kernel = Callable[[Any, Any, Any], jax.Array]
 
 
 def tangent_kernel(
@@ -116,30 +120,31 @@ def tangent_kernel(
         raise ValueError(f"chunk_size must be positive or None, got {chunk_size!r}")
     if centered and y is not None:
         raise ValueError("centered means the kernel of one batch with itself: leave out y")
-    kernel = _kernel(function, params, x, y, chunk_size, centered)
+    kernel = _kernel(function, chunk_size, centered, params, x, y)
     return centered_kernel(kernel) if centered else kernel
 
 
 def _kernel(
     function: Callable[[Any, Any], jax.Array],
+    chunk_size: int | None,
+    differences: bool,
     params: Any,
     x: Any,
     y: Any,
-    chunk_size: int | None,
-    differences: bool,
 ) -> jax.Array:
     """Returns the kernel of the derivatives, or of differences from the same for all samples."""
     params, x, y = jax.tree.map(jnp.asarray, (params, x, y))
     if y is not None:
         x, y = jax.tree.map(_promoted, x, y), jax.tree.map(_promoted, y, x)
     if AxisType.Explicit in _sharding(x).mesh.axis_types:
-        return _on_each_device(function, params, x, y, chunk_size, differences)
+        own_rows = functools.partial(_kernel, function, chunk_size, differences)
+        return _on_each_device(own_rows, params, x, y)
     if any(leaf.shape[0] == 0 for leaf in jax.tree.leaves((x, y))):
         chunk_size = None  # lax.map takes no empty batch
     params, x, y = _own((params, x, y))
     network = Network(function, params, x)
     differences = differences and is_coarse(network.output)
-    kernel = jnp.moveaxis(_real_kernel(network, x, y, chunk_size, differences), 2, 1)
+    kernel = jnp.moveaxis(real_kernel(network, x, y, chunk_size, differences), 2, 1)
     if jnp.iscomplexobj(network.output):
         real_rows, imag_rows = jnp.split(kernel, 2, 2)
         aa, ab = jnp.split(real_rows, 2, 3)
@@ -152,27 +157,16 @@ def _sharding(x: Any) -> NamedSharding:
     return jax.typeof(jax.tree.leaves(x)[0]).sharding
 
 
-def _on_each_device(
-    function: Callable[[Any, Any], jax.Array],
-    params: Any,
-    x: Any,
-    y: Any,
-    chunk_size: int | None,
-    differences: bool,
-) -> jax.Array:
+def _on_each_device(kernel: Kernel, params: Any, x: Any, y: Any) -> jax.Array:
     """Returns the kernel where each device has its own rows.
 
     On an Explicit mesh JAX asks where the result of each product goes.
     """
     mesh, rows = _sharding(x).mesh, PartitionSpec(_sharding(x).spec[0])
-
-    def own_rows(params: Any, x: Any, y: Any) -> jax.Array:
-        return _kernel(function, params, x, y, chunk_size, differences)
-
     specs = PartitionSpec(), rows, PartitionSpec()
     places = tuple(NamedSharding(mesh, spec) for spec in specs)
     placed = jax.sharding.reshard((params, x, x if y is None else y), places)
-    return jax.jit(jax.shard_map(own_rows, mesh=mesh, in_specs=specs, out_specs=rows))(*placed)
+    return jax.jit(jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=rows))(*placed)
 
 
 def _own(tree: Any) -> Any:
@@ -191,93 +185,3 @@ def _promoted(a: jax.Array, b: jax.Array) -> jax.Array:
     """Returns ``a`` with the dtype of both: the samples run one program."""
     with jax.numpy_dtype_promotion("standard"):
         return a if a.dtype == b.dtype else a.astype(jnp.promote_types(a.dtype, b.dtype))
-
-
-def _real_kernel(
-    network: Network, x: Any, y: Any, chunk_size: int | None, differences: bool
-) -> jax.Array:
-    """Returns the kernel of the real outputs, ``(B, O, B', O)``."""
-    # Jacobians are as large as the parameters: in chunks each is made where it is needed.
-    kept = [part for part in network.parts if chunk_size is None or part.is_gram]
-    remade = [part for part in network.parts if part not in kept]
-    rows = _derivatives(network, kept, x, chunk_size)
-    columns = rows if y is None else _derivatives(network, kept, y, chunk_size)
-    means = _means(columns) if differences else None
-    rows, columns = _less(rows, means), _less(columns, means)
-    halved = [part for part in kept if y is None and part.is_gram and part.positions > 1]
-    whole = [part for part in kept if part not in halved]
-    kernel = _kernel_of(network, whole, rows, columns, means, chunk_size)
-    if halved:
-        half = _kernel_of(network, halved, rows, columns, means, chunk_size, half=True)
-        kernel += half + jnp.transpose(half, (2, 3, 0, 1))
-    if remade:
-        others = x if y is None else y
-        kernel += _remade_kernel(network, remade, x, others, chunk_size, differences)
-    return kernel
-
-
-def _derivatives(
-    network: Network, parts: list[Part], samples: Any, chunk_size: int | None
-) -> ParameterDerivatives:
-    return _map(lambda sample: network.derivatives(sample, parts), samples, chunk_size)
-
-
-def _kernel_of(
-    network: Network,
-    parts: list[Part],
-    rows: ParameterDerivatives,
-    columns: ParameterDerivatives,
-    means: ParameterDerivatives | None,
-    chunk_size: int | None,
-    *,
-    half: bool = False,
-) -> jax.Array:
-    """Returns some parameters' part of the kernel; with its transpose if it is ``half``."""
-    if chunk_size is None:
-        return contract(network, parts, rows, columns, means, half=half)
-
-    def kernel_row(row: ParameterDerivatives) -> jax.Array:
-        return contract(network, parts, _batch(row), columns, means, half=half)[0]
-
-    return _map(kernel_row, rows, chunk_size)
-
-
-def _remade_kernel(
-    network: Network, parts: list[Part], x: Any, y: Any, chunk_size: int | None, differences: bool
-) -> jax.Array:
-    """Returns some parameters' part of the kernel with few derivatives at a time."""
-    first = jax.tree.map(lambda a: a[:chunk_size], y)
-    means = _means(_derivatives(network, parts, first, None)) if differences else None
-
-    def at(sample: Any) -> ParameterDerivatives:
-        return _less(_batch(network.derivatives(sample, parts)), means)
-
-    def kernel_row(sample: Any) -> jax.Array:
-        row = at(sample)
-
-        def entry(other: Any) -> jax.Array:
-            return contract(network, parts, row, at(other), means)[0, :, 0]
-
-        return jnp.moveaxis(_map(entry, y, chunk_size), 0, 1)
-
-    return _map(kernel_row, x, chunk_size)
-
-
-def _means(at: ParameterDerivatives) -> ParameterDerivatives:
-    return jax.tree.map(lambda a: jnp.mean(a, 0, keepdims=True), at)
-
-
-def _less(at: ParameterDerivatives, means: ParameterDerivatives | None) -> ParameterDerivatives:
-    return at if means is None else jax.tree.map(jnp.subtract, at, means)
-
-
-def _batch(tree: Any) -> Any:
-    """Returns the arrays of one sample as those of a batch."""
-    return jax.tree.map(lambda a: a[None], tree)
-
-
-def _map(function: Callable[[Any], Any], samples: Any, chunk_size: int | None) -> Any:
-    """Returns ``jax.vmap(function)(samples)``, a chunk at a time."""
-    if chunk_size is None:
-        return jax.vmap(function)(samples)
-    return jax.lax.map(function, samples, batch_size=chunk_size)

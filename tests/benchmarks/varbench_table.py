@@ -70,8 +70,8 @@ def _described(letter: str, result: dict[str, Any], exact: float = math.nan) -> 
     driver = recipe.get("driver", "VMC_SR")  # of results older than the choice
     text = (
         f"({letter}) {size}, "
-        f"{result['steps']} steps of {driver}, {result['minutes']:.1f} minutes on {result['device']}, "
-        f"seed {result['seed']}"
+        f"{result['steps']} steps of {driver}, {result['minutes']:.1f} minutes "
+        f"on {result['device']}, seed {result['seed']}"
     )
     if math.isnan(exact):
         return text

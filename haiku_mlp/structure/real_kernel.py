@@ -1,0 +1,109 @@
+"""The kernel of a network's real outputs, all at once or in chunks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from haiku_mlp.structure.contraction import contract
+from haiku_mlp.structure.network import Network, ParameterDerivatives, Part
+
+
+def real_kernel(
+    network: Network, x: Any, y: Any, chunk_size: int | None, differences: bool
+) -> jax.Array:
+    """Returns the kernel of the real outputs, ``(B, O, B', O)``.
+
+    Args:
+      network: The network.
+      x: Inputs ``(B, ...)``, or a tree of them.
+      y: Other inputs ``(B', ...)`` for the columns; None: ``x``.
+      chunk_size: Rows of the kernel, and samples whose derivatives are formed, at a time;
+        None: all.
+      differences: Whether each derivative is less one that is the same for all samples.
+    """
+    # Jacobians are as large as the parameters: in chunks each is made where it is needed.
+    kept = [part for part in network.parts if chunk_size is None or part.is_gram]
+    remade = [part for part in network.parts if part not in kept]
+    rows = _derivatives(network, kept, x, chunk_size)
+    columns = rows if y is None else _derivatives(network, kept, y, chunk_size)
+    means = _means(columns) if differences else None
+    rows, columns = _less(rows, means), _less(columns, means)
+    halved = [part for part in kept if y is None and part.is_gram and part.positions > 1]
+    whole = [part for part in kept if part not in halved]
+    kernel = _kernel_of(network, whole, rows, columns, means, chunk_size)
+    if halved:
+        half = _kernel_of(network, halved, rows, columns, means, chunk_size, half=True)
+        kernel += half + jnp.transpose(half, (2, 3, 0, 1))
+    if remade:
+        others = x if y is None else y
+        kernel += _remade_kernel(network, remade, x, others, chunk_size, differences)
+    return kernel
+
+
+def _derivatives(
+    network: Network, parts: list[Part], samples: Any, chunk_size: int | None
+) -> ParameterDerivatives:
+    return _map(lambda sample: network.derivatives(sample, parts), samples, chunk_size)
+
+
+def _kernel_of(
+    network: Network,
+    parts: list[Part],
+    rows: ParameterDerivatives,
+    columns: ParameterDerivatives,
+    means: ParameterDerivatives | None,
+    chunk_size: int | None,
+    *,
+    half: bool = False,
+) -> jax.Array:
+    """Returns some parameters' part of the kernel; with its transpose if it is ``half``."""
+    if chunk_size is None:
+        return contract(network, parts, rows, columns, means, half=half)
+
+    def kernel_row(row: ParameterDerivatives) -> jax.Array:
+        return contract(network, parts, _batch(row), columns, means, half=half)[0]
+
+    return _map(kernel_row, rows, chunk_size)
+
+
+def _remade_kernel(
+    network: Network, parts: list[Part], x: Any, y: Any, chunk_size: int | None, differences: bool
+) -> jax.Array:
+    """Returns some parameters' part of the kernel with few derivatives at a time."""
+    first = jax.tree.map(lambda a: a[:chunk_size], y)
+    means = _means(_derivatives(network, parts, first, None)) if differences else None
+
+    def at(sample: Any) -> ParameterDerivatives:
+        return _less(_batch(network.derivatives(sample, parts)), means)
+
+    def kernel_row(sample: Any) -> jax.Array:
+        row = at(sample)
+
+        def entry(other: Any) -> jax.Array:
+            return contract(network, parts, row, at(other), means)[0, :, 0]
+
+        return jnp.moveaxis(_map(entry, y, chunk_size), 0, 1)
+
+    return _map(kernel_row, x, chunk_size)
+
+
+def _means(at: ParameterDerivatives) -> ParameterDerivatives:
+    return jax.tree.map(lambda a: jnp.mean(a, 0, keepdims=True), at)
+
+
+def _less(at: ParameterDerivatives, means: ParameterDerivatives | None) -> ParameterDerivatives:
+    return at if means is None else jax.tree.map(jnp.subtract, at, means)
+
+
+def _batch(tree: Any) -> Any:
+    """Returns the arrays of one sample as those of a batch."""
+    return jax.tree.map(lambda a: a[None], tree)
+
+
+def _map(function: Callable[[Any], Any], samples: Any, chunk_size: int | None) -> Any:
+    """Returns ``jax.vmap(function)(samples)``, a chunk at a time."""
+    if chunk_size is None:
+        return jax.vmap(function)(samples)
+    return jax.lax.map(function, samples, batch_size=chunk_size)
