@@ -113,7 +113,7 @@ class Values:
         return _get(scope, "params", name) if hk.running_init() else hk.DO_NOT_STORE
 
     def _get_parameter(self, next_getter: Call, value: Any, context: hk.GetterContext) -> Any:
-        """Parameter getter: raises Flax's error for a shape that Haiku is about to refuse."""
+        """Parameter getter: supplies what the frame does not take, and checks shapes as Flax."""
         if self._place.is_same_transform():
             if value is hk.DO_NOT_STORE:
                 scope, name = self._find("params", context)
