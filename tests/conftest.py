@@ -42,6 +42,12 @@ for name, number in {"few": 10, "many": 150, "new": 1000}.items():
 settings.load_profile("few")
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Spares the fast tests the imports of other people's models, whose tests are all slow."""
+    is_fast = config.getoption("markexpr") == "not slow"
+    return True if is_fast and collection_path.name == "test_zoo.py" else None
+
+
 def pytest_collection_finish():
     """Spares the garbage collector what lives on: modules, and most of what JAX holds."""
     gc.freeze()

@@ -738,6 +738,8 @@ def initializer_arguments(model):
 
 # Like others, and long.
 SLOW_CLASSES = {"remat_scan", "map_variables", "vmap, split", "LogicallyPartitioned", "switch"}
+SLOW_CLASSES |= {"from outside, one", "from outside, names", "subclass: parameter after", "cond"}
+SLOW_CLASSES |= {"subclass: variable", "vmap, shared", "logical_to_mesh", "setup, another method"}
 
 
 @pytest.mark.parametrize("name", cases.first(CLASSES.keys() - SLOW_CLASSES, CLASSES))

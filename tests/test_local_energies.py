@@ -166,7 +166,9 @@ class TestCalls:
         assert_close(energy.mean, expected.mean, 1e-12)
         assert_close(gradient, expected_gradient, 1e-10)
 
-    @pytest.mark.parametrize("driver", [nk.driver.VMC_SR, nk.driver.VMC])
+    @pytest.mark.parametrize(
+        "driver", cases.first({nk.driver.VMC}, [nk.driver.VMC_SR, nk.driver.VMC])
+    )
     def test_drivers(self, driver):
         options = {"diag_shift": 0.01, "use_ntk": True} if driver is nk.driver.VMC_SR else {}
         steps = [

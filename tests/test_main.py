@@ -109,6 +109,7 @@ def test_haiku_face_needs_neither_flax_nor_matplotlib(run, monkeypatch):
     assert "? mlp (MLP)" in process.stdout
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves():
     """As ``| head -1`` does."""
     process = subprocess.Popen(

@@ -63,6 +63,7 @@ def test_core_imports_no_other_framework(run_fresh, package):
     assert process.stdout.strip() == ""
 
 
+@pytest.mark.slow
 def test_a_planted_import_is_found(run_fresh, package):
     with (package / "mlp.py").open("a") as file:
         file.write("\nimport flax.linen\n")
@@ -70,6 +71,7 @@ def test_a_planted_import_is_found(run_fresh, package):
     assert process.stdout.strip() == "haiku_mlp.mlp imports flax.linen"
 
 
+@pytest.mark.slow
 def test_a_planted_setting_is_found(run_fresh, package):
     with (package / "mlp.py").open("a") as file:
         file.write("\njax.config.update('jax_enable_x64', True)\n")

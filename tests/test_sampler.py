@@ -90,7 +90,7 @@ def assert_same_chain(sampler, model, **options):
     assert 0 < state.n_accepted < state.n_steps
 
 
-QUICK = {"exchange", "multiple"}
+QUICK = {"exchange"}
 
 
 @pytest.mark.parametrize("name", cases.first(QUICK, RULES))

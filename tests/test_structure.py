@@ -718,9 +718,13 @@ def test_methods_share_parameters():
 
 def test_layers_are_the_network():
     fields, x = {"output_dim": 2, "hidden_dims": (8, 5)}, normal(5, 4)
-    params = random_params(fields, x)
-    layers = tuple(
-        structure.Layer(**params[f"mlp/linear_{i}"], activation=jax.nn.gelu if i < 2 else None)
-        for i in range(3)
-    )
-    np.testing.assert_array_equal(structure.forward(layers, x), network(fields).apply(params, x))
+    activations = jax.nn.gelu, jax.nn.gelu, None
+
+    def of_layers(params, x):
+        layers = [
+            structure.Layer(**params[f"mlp/linear_{i}"], activation=activation)
+            for i, activation in enumerate(activations)
+        ]
+        return structure.forward(layers, x)
+
+    assert_identical(*both(of_layers, network(fields).apply, random_params(fields, x), x))

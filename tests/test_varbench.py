@@ -18,6 +18,7 @@ import varbench  # noqa: E402
 import varbench_table  # noqa: E402
 
 
+@pytest.mark.slow
 def test_the_ansatz_is_an_mlp_summed_over_translations():
     graph, hamiltonian = varbench.heisenberg(nk.graph.Square(4))
     state = varbench.state_of(graph, hamiltonian, varbench.Recipe(features=3, hidden=(5,)), 1)
