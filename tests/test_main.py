@@ -178,6 +178,7 @@ def test_checking_the_plot_path_leaves_no_trace(before, tmp_path):
     ("names", "arguments"),
     [
         (["masstable", "tqdm"], []),
+        pytest.param(["masstable"], [], marks=pytest.mark.slow),
         pytest.param(["tqdm"], [], marks=pytest.mark.slow),
         pytest.param(["matplotlib"], ["--plot", "chart.png"], marks=pytest.mark.slow),
     ],
