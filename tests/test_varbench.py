@@ -23,10 +23,10 @@ def test_the_ansatz_is_an_mlp_summed_over_translations():
     graph, hamiltonian = varbench.heisenberg(nk.graph.Square(4))
     state = varbench.state_of(graph, hamiltonian, varbench.Recipe(features=3, hidden=(5,)), 1)
     x = hamiltonian.hilbert.random_state(jax.random.key(0), 7)
-    first, rest = state.parameters["DenseSymmMatrix_0"], state.parameters["MLP_0"]
+    first, rest = state.parameters["kernel"], state.parameters["MLP_0"]
     mlp = compat.MLP(hidden_dims=(3, 5), hidden_activations=varbench.log_cosh)
     layers = {
-        "Dense_0": {"kernel": first["kernel"][:, 0].T, "bias": jnp.zeros(3)},
+        "Dense_0": {"kernel": first.T, "bias": jnp.zeros(3)},
         "Dense_1": rest["Dense_0"],
         "Dense_2": rest["Dense_1"],
     }

@@ -10,6 +10,9 @@ import numpy as np
 
 from haiku_mlp.structure.network import Factors, Network, ParameterDerivatives, Part
 
+# Derivatives of a sample that are worth a product of their own.
+_SMALL = 2**10
+
 
 def contract(
     network: Network,
@@ -42,14 +45,26 @@ def contract(
                 leaf = part.leaf
                 of_means = None if means is None else means.factors[leaf]
                 term = _gram(part, rows.factors[leaf], columns.factors[leaf], of_means, half)
-            else:
-                term = _inner(rows.jacobians[part.leaf], columns.jacobians[part.leaf])
-            # What a complex parameter adds to a complex output is half that of two real ones.
-            is_half = jnp.iscomplexobj(network.output) and jnp.iscomplexobj(
-                network.leaves[part.leaf]
-            )
-            kernel += term / 2 if is_half else term
+                kernel += _share(network, part) * term
+        for group in _groups(parts):
+            # Of a power of two the share is exact, here as well as there.
+            of_rows = [_share(network, part) * rows.jacobians[part.leaf] for part in group]
+            of_columns = [columns.jacobians[part.leaf] for part in group]
+            kernel += _inner(*(jnp.concatenate(a, -1) for a in (of_rows, of_columns)))
     return kernel
+
+
+def _share(network: Network, part: Part) -> float:
+    """Returns a half for what a complex parameter adds to a complex output, else one."""
+    is_half = jnp.iscomplexobj(network.output) and jnp.iscomplexobj(network.leaves[part.leaf])
+    return 0.5 if is_half else 1.0
+
+
+def _groups(parts: list[Part]) -> list[list[Part]]:
+    """Returns the parts with a Jacobian: the small ones together, which is one product."""
+    parts = [part for part in parts if not part.is_gram]
+    small = [part for part in parts if part.cost <= _SMALL]
+    return [[part] for part in parts if part not in small] + [small] * bool(small)
 
 
 def _gram(

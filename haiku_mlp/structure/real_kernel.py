@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from haiku_mlp.structure.contraction import contract
 from haiku_mlp.structure.network import Network, ParameterDerivatives, Part
 
+# Multiply-adds of products of Jacobians.
+_LARGE = 2**28
+
 
 def real_kernel(
     network: Network, x: Any, y: Any, chunk_size: int | None, differences: bool
@@ -23,6 +26,8 @@ def real_kernel(
         None: all.
       differences: Whether each derivative is less one that is the same for all samples.
     """
+    if y is None and chunk_size is None and _has_large_jacobians(network, x):
+        return _kernel_by_halves(network, x, differences)
     # Jacobians are as large as the parameters: in chunks each is made where it is needed.
     kept = [part for part in network.parts if chunk_size is None or part.is_gram]
     remade = [part for part in network.parts if part not in kept]
@@ -30,16 +35,43 @@ def real_kernel(
     columns = rows if y is None else _derivatives(network, kept, y, chunk_size)
     means = _means(columns) if differences else None
     rows, columns = _less(rows, means), _less(columns, means)
-    halved = [part for part in kept if y is None and part.is_gram and part.positions > 1]
-    whole = [part for part in kept if part not in halved]
-    kernel = _kernel_of(network, whole, rows, columns, means, chunk_size)
-    if halved:
-        half = _kernel_of(network, halved, rows, columns, means, chunk_size, half=True)
-        kernel += half + jnp.transpose(half, (2, 3, 0, 1))
+    if y is None:
+        kernel = _own_kernel(network, kept, rows, means, chunk_size)
+    else:
+        kernel = _kernel_of(network, kept, rows, columns, means, chunk_size)
     if remade:
         others = x if y is None else y
         kernel += _remade_kernel(network, remade, x, others, chunk_size, differences)
     return kernel
+
+
+def _has_large_jacobians(network: Network, x: Any) -> bool:
+    """Returns whether their products take so long that those of two halves are worth a program."""
+    num_samples = jax.tree.leaves(x)[0].shape[0]
+    is_one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
+    if not is_one_cpu or not isinstance(num_samples, int):  # jax.export has symbolic sizes
+        return False
+    return num_samples**2 * sum(part.cost for part in network.parts if not part.is_gram) >= _LARGE
+
+
+def _kernel_by_halves(network: Network, x: Any, differences: bool) -> jax.Array:
+    """Returns the kernel of samples with themselves; that of one half with the other is made once.
+
+    Each half has derivatives of its own, since parts of an array would be copied.
+    """
+    middle = jax.tree.leaves(x)[0].shape[0] // 2
+    first, second = (
+        _derivatives(network, network.parts, jax.tree.map(lambda a, half=half: a[half], x), None)
+        for half in (slice(middle), slice(middle, None))
+    )
+    means = _means(first) if differences else None
+    first, second = _less(first, means), _less(second, means)
+    across = contract(network, network.parts, first, second, means)
+    upper, lower = (
+        _own_kernel(network, network.parts, half, means, None) for half in (first, second)
+    )
+    rows = [(upper, across), (_transposed(across), lower)]
+    return jnp.concatenate([jnp.concatenate(row, 2) for row in rows])
 
 
 def _derivatives(
@@ -68,6 +100,23 @@ def _kernel_of(
     return _map(kernel_row, rows, chunk_size)
 
 
+def _own_kernel(
+    network: Network,
+    parts: list[Part],
+    at: ParameterDerivatives,
+    means: ParameterDerivatives | None,
+    chunk_size: int | None,
+) -> jax.Array:
+    """Returns some parameters' part of the kernel of samples with themselves."""
+    halved = [part for part in parts if part.is_gram and part.positions > 1]
+    whole = [part for part in parts if part not in halved]
+    kernel = _kernel_of(network, whole, at, at, means, chunk_size)
+    if halved:
+        half = _kernel_of(network, halved, at, at, means, chunk_size, half=True)
+        kernel += half + _transposed(half)
+    return kernel
+
+
 def _remade_kernel(
     network: Network, parts: list[Part], x: Any, y: Any, chunk_size: int | None, differences: bool
 ) -> jax.Array:
@@ -87,6 +136,10 @@ def _remade_kernel(
         return jnp.moveaxis(_map(entry, y, chunk_size), 0, 1)
 
     return _map(kernel_row, x, chunk_size)
+
+
+def _transposed(kernel: jax.Array) -> jax.Array:
+    return jnp.transpose(kernel, (2, 3, 0, 1))
 
 
 def _means(at: ParameterDerivatives) -> ParameterDerivatives:

@@ -18,7 +18,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 from flax import serialization
-from netket.utils import HashableArray
+from netket.utils import HashableArray, struct
 
 import compat
 from compat.netket import MinSR
@@ -137,17 +137,41 @@ class SymmetricMLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns the logarithm of the wave function at ``(B, sites)``."""
-        first = nk.nn.DenseSymm(
-            self.images,
-            features=self.features,
-            use_bias=False,
-            mode="matrix",
-            kernel_init=nn.initializers.normal(0.05),
-        )
-        hidden = log_cosh(first(x[..., None, :])).swapaxes(-1, -2)
+        images = np.asarray(self.images)
+        shape = self.features, images.shape[-1]
+        kernel = self.param("kernel", nn.initializers.normal(0.05), shape)
+        # A product with the permutations, because the derivative of a gather is slow.
+        permutations = jnp.eye(shape[-1], dtype=kernel.dtype)[images]
+        weights = jnp.einsum("ft,gst->fgs", kernel, permutations)
+        hidden = log_cosh(jnp.einsum("...s,fgs->...fg", x.astype(kernel.dtype), weights))
+        if not self.hidden:  # what follows is linear, so the sum may come first
+            hidden = hidden.sum(-1, keepdims=True)
         rest = compat.blocks.MLP(self.outputs, hidden_dims=self.hidden, hidden_activations=log_cosh)
-        outputs = rest(hidden).sum(-2)
+        outputs = rest(hidden.swapaxes(-1, -2)).sum(-2)
         return outputs[..., 0] if self.outputs == 1 else outputs[..., 0] + 1j * outputs[..., 1]
+
+
+class RegionRule(nk.sampler.rules.MetropolisRule):
+    """Turns all spins of a box on a periodic lattice.
+
+    Near a critical point single spins turn the magnetisation in a number of sweeps that grows
+    as the number of sites; a box has few neighbours for its volume.
+    """
+
+    extent: tuple[int, ...] = struct.field(pytree_node=False)
+
+    def __init__(self, extent: Sequence[int]):
+        self.extent = tuple(map(int, extent))
+
+    def transition(
+        self, sampler: Any, machine: Any, params: Any, state: Any, key: Any, σ: jax.Array
+    ) -> tuple[jax.Array, None]:
+        """Returns the proposals; the reverse is as likely."""
+        shape, extent = (len(σ), len(self.extent)), jnp.array(self.extent)[None]
+        corner, size = (jax.random.randint(k, shape, 0, extent) for k in jax.random.split(key))
+        place = jnp.indices(self.extent).reshape(1, len(self.extent), -1)
+        is_inside = (place - corner[..., None]) % extent[..., None] <= size[..., None]
+        return jnp.where(is_inside.all(1), -σ, σ), None
 
 
 def state_of(graph: Any, hamiltonian: Any, recipe: Recipe, seed: int) -> nk.vqs.MCState:
@@ -158,7 +182,9 @@ def state_of(graph: Any, hamiltonian: Any, recipe: Recipe, seed: int) -> nk.vqs.
     rule = (
         nk.sampler.rules.ExchangeRule(graph=graph)
         if hilbert.constrained
-        else nk.sampler.rules.LocalRule()
+        else nk.sampler.rules.MultipleRules(
+            [nk.sampler.rules.LocalRule(), RegionRule(graph.extent)], [0.5, 0.5]
+        )
     )
     return nk.vqs.MCState(
         nk.sampler.MetropolisSampler(hilbert, rule, n_chains=recipe.chains),
