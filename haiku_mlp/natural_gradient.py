@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from haiku_mlp import semidefinite
+from haiku_mlp.sequence import after
 from haiku_mlp.structure.contraction import centered_kernel
 
 
@@ -154,6 +155,7 @@ def natural_gradient(
       True
     """
     kernel, residuals = jnp.asarray(kernel), jnp.asarray(residuals)
+    params = after(params, kernel)
     outputs, pull = jax.vjp(function, params)
     _check_outputs(outputs, params, kernel, residuals)
     if not jnp.iscomplexobj(outputs):

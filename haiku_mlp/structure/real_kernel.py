@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from haiku_mlp.sequence import after
 from haiku_mlp.structure.contraction import contract
 from haiku_mlp.structure.network import Network, ParameterDerivatives, Part
 
@@ -32,7 +33,10 @@ def real_kernel(
     kept = [part for part in network.parts if chunk_size is None or part.is_gram]
     remade = [part for part in network.parts if part not in kept]
     rows = _derivatives(network, kept, x, chunk_size)
-    columns = rows if y is None else _derivatives(network, kept, y, chunk_size)
+    columns = rows
+    if y is not None:
+        y = after(y, (rows.factors, rows.jacobians))
+        columns = _derivatives(network, kept, y, chunk_size)
     means = _means(columns) if differences else None
     rows, columns = _less(rows, means), _less(columns, means)
     if y is None:
@@ -40,7 +44,8 @@ def real_kernel(
     else:
         kernel = _kernel_of(network, kept, rows, columns, means, chunk_size)
     if remade:
-        others = x if y is None else y
+        x = after(x, kernel)
+        others = x if y is None else after(y, kernel)
         kernel += _remade_kernel(network, remade, x, others, chunk_size, differences)
     return kernel
 
@@ -60,17 +65,16 @@ def _kernel_by_halves(network: Network, x: Any, differences: bool) -> jax.Array:
     Each half has derivatives of its own, since parts of an array would be copied.
     """
     middle = jax.tree.leaves(x)[0].shape[0] // 2
-    first, second = (
-        _derivatives(network, network.parts, jax.tree.map(lambda a, half=half: a[half], x), None)
-        for half in (slice(middle), slice(middle, None))
+    upper, lower = jax.tree.map(lambda a: a[:middle], x), jax.tree.map(lambda a: a[middle:], x)
+    first = _derivatives(network, network.parts, upper, None)
+    second = _derivatives(
+        network, network.parts, after(lower, (first.factors, first.jacobians)), None
     )
     means = _means(first) if differences else None
     first, second = _less(first, means), _less(second, means)
     across = contract(network, network.parts, first, second, means)
-    upper, lower = (
-        _own_kernel(network, network.parts, half, means, None) for half in (first, second)
-    )
-    rows = [(upper, across), (_transposed(across), lower)]
+    own = [_own_kernel(network, network.parts, half, means, None) for half in (first, second)]
+    rows = [(own[0], across), (_transposed(across), own[1])]
     return jnp.concatenate([jnp.concatenate(row, 2) for row in rows])
 
 

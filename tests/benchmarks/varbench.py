@@ -81,7 +81,7 @@ def heisenberg(graph: Any, *second: float) -> tuple[Any, Any]:
     return graph, operator.to_jax_operator()
 
 
-ISING = Recipe(features=16)
+ISING = Recipe(features=12, rate=(0.05, 0.01), shift=(1e-3, 1e-6), chunk=512, share=0.6)
 HEISENBERG = Recipe(rate=(0.02, 0.002), shift=(1e-1, 1e-3))
 SYSTEMS = {
     "tfim-chain-32": System(
