@@ -296,8 +296,8 @@ def test_chunks(name, y):
 
 @pytest.mark.parametrize("is_single", [False, True])
 @pytest.mark.parametrize("name", ["attention", "scan"])
-def test_halves(name, is_single, monkeypatch):
-    """What takes long is made of one half of the samples with the other once."""
+def test_blocks(name, is_single, monkeypatch):
+    """What takes long is made of one block of samples with another once."""
     apply, variables = linen(name)
     given = jax.tree.map(jnp.float32, (variables, X)) if is_single else (variables, X)
     kernels = []
@@ -306,9 +306,9 @@ def test_halves(name, is_single, monkeypatch):
         kernel = functools.partial(compat.tangent_kernel, apply, centered=is_single)
         program = jax.jit(kernel).lower(*given)
         kernels.append((program.as_text(), program.compile()(*given)))
-    (whole_text, whole), (halves_text, halves) = kernels
-    assert halves_text != whole_text
-    assert_close(halves, whole, 1e-5 if is_single else 1e-14)
+    (whole_text, whole), (blocks_text, blocks) = kernels
+    assert blocks_text != whole_text
+    assert_close(blocks, whole, 1e-5 if is_single else 1e-14)
 
 
 @pytest.mark.parametrize("is_single", [False, True])

@@ -77,6 +77,10 @@ class Network:
 
     def derivatives(self, sample: Any, parts: Sequence[Part]) -> ParameterDerivatives:
         """Returns the derivatives at one sample by the parameters of these parts."""
+        return multiplied(self.factors(sample, parts), parts)
+
+    def factors(self, sample: Any, parts: Sequence[Part]) -> ParameterDerivatives:
+        """Returns them with factors for all that have some: Jacobians are larger."""
         inputs = [jnp.asarray(a)[None] for a in jax.tree.leaves(sample)]
 
         def outputs(zeros: dict[int, Any], leaves: dict[int, Any]) -> tuple[jax.Array, Any]:
@@ -95,9 +99,6 @@ class Network:
         )
         d, jacobians = jax.vmap(pull)(every_output)
         factors = {part.leaf: self._factors(part, h, d) for part in parts if part.products}
-        for part in parts:
-            if part.products and not part.is_gram:
-                jacobians[part.leaf] = _product(factors.pop(part.leaf), part.precision)
         return ParameterDerivatives(real, factors, jax.tree.map(_real_rows, jacobians))
 
     def _zeros(self, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -123,6 +124,16 @@ class Network:
         inputs = [factors.h for factors in pairs if factors.h is not None]
         signals = [factors.d for factors in pairs]
         return Factors(jnp.concatenate(inputs) if inputs else None, jnp.concatenate(signals, 1))
+
+
+def multiplied(at: ParameterDerivatives, parts: Sequence[Part]) -> ParameterDerivatives:
+    """Returns the derivatives at one sample with factors only where they are not multiplied."""
+    outputs, factors, jacobians = at.outputs, dict(at.factors), dict(at.jacobians)
+    for part in parts:
+        if part.products and not part.is_gram:
+            jacobian = _product(factors.pop(part.leaf), part.precision)
+            jacobians[part.leaf] = _real_rows(jacobian)
+    return ParameterDerivatives(outputs, factors, jacobians)
 
 
 def _of_one_sample(output: Any) -> jax.ShapeDtypeStruct:

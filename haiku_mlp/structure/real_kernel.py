@@ -1,6 +1,8 @@
 """The kernel of a network's real outputs, all at once or in chunks."""
 
+import operator
 from collections.abc import Callable
+from itertools import combinations_with_replacement, pairwise
 from typing import Any
 
 import jax
@@ -8,10 +10,10 @@ import jax.numpy as jnp
 
 from haiku_mlp.sequence import after
 from haiku_mlp.structure.contraction import contract
-from haiku_mlp.structure.network import Network, ParameterDerivatives, Part
+from haiku_mlp.structure.network import Network, ParameterDerivatives, Part, multiplied
 
-# Multiply-adds of products of Jacobians.
-_LARGE = 2**28
+# From this number of multiply-adds of Jacobians on a kernel is made in so many blocks of rows.
+_LARGE, _MAX_BLOCKS = 2**28, 4
 
 
 def real_kernel(
@@ -28,7 +30,7 @@ def real_kernel(
       differences: Whether each derivative is less one that is the same for all samples.
     """
     if y is None and chunk_size is None and _has_large_jacobians(network, x):
-        return _kernel_by_halves(network, x, differences)
+        return _kernel_by_blocks(network, x, differences)
     # Jacobians are as large as the parameters: in chunks each is made where it is needed.
     kept = [part for part in network.parts if chunk_size is None or part.is_gram]
     remade = [part for part in network.parts if part not in kept]
@@ -51,7 +53,7 @@ def real_kernel(
 
 
 def _has_large_jacobians(network: Network, x: Any) -> bool:
-    """Returns whether their products take so long that those of two halves are worth a program."""
+    """Returns whether their products take so long that a larger program with fewer is worth it."""
     num_samples = jax.tree.leaves(x)[0].shape[0]
     is_one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
     if not is_one_cpu or not isinstance(num_samples, int):  # jax.export has symbolic sizes
@@ -59,22 +61,27 @@ def _has_large_jacobians(network: Network, x: Any) -> bool:
     return num_samples**2 * sum(part.cost for part in network.parts if not part.is_gram) >= _LARGE
 
 
-def _kernel_by_halves(network: Network, x: Any, differences: bool) -> jax.Array:
-    """Returns the kernel of samples with themselves; that of one half with the other is made once.
+def _kernel_by_blocks(network: Network, x: Any, differences: bool) -> jax.Array:
+    """Returns the kernel of samples with themselves; that of one block with another is made once.
 
-    Each half has derivatives of its own, since parts of an array would be copied.
+    Each block has Jacobians of its own, since parts of large arrays would be copied.
     """
-    middle = jax.tree.leaves(x)[0].shape[0] // 2
-    upper, lower = jax.tree.map(lambda a: a[:middle], x), jax.tree.map(lambda a: a[middle:], x)
-    first = _derivatives(network, network.parts, upper, None)
-    second = _derivatives(
-        network, network.parts, after(lower, (first.factors, first.jacobians)), None
-    )
-    means = _means(first) if differences else None
-    first, second = _less(first, means), _less(second, means)
-    across = contract(network, network.parts, first, second, means)
-    own = [_own_kernel(network, network.parts, half, means, None) for half in (first, second)]
-    rows = [(own[0], across), (_transposed(across), own[1])]
+    parts, num_samples = network.parts, jax.tree.leaves(x)[0].shape[0]
+    number = min(_MAX_BLOCKS, num_samples)
+    at = jax.vmap(lambda sample: network.factors(sample, parts))(x)
+    ends = [num_samples * i // number for i in range(number + 1)]
+    factors = [jax.tree.map(operator.itemgetter(slice(*pair)), at) for pair in pairwise(ends)]
+    blocks = [jax.vmap(lambda one: multiplied(one, parts))(block) for block in factors]
+    means = _means(blocks[0]) if differences else None
+    blocks = [_less(block, means) for block in blocks]
+    found: dict[tuple[int, int], jax.Array] = {}
+    for i, j in combinations_with_replacement(range(number), 2):
+        if i == j:
+            found[i, i] = _own_kernel(network, parts, blocks[i], means, None)
+        else:
+            found[i, j] = contract(network, parts, blocks[i], blocks[j], means)
+            found[j, i] = _transposed(found[i, j])
+    rows = [[found[i, j] for j in range(number)] for i in range(number)]
     return jnp.concatenate([jnp.concatenate(row, 2) for row in rows])
 
 

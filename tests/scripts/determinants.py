@@ -33,9 +33,9 @@ def main():
     shapes = {"w": (8, 256), "m": (16, 16)}
     params = {n: jax.random.normal(k, shapes[n]) for n, k in zip(shapes, keys, strict=False)}
     x = jax.random.normal(keys[2], (512, 8))
-    real_kernel._LARGE = 1  # a kernel by halves
+    real_kernel._LARGE = 1  # a kernel in blocks
     programs = {
-        "halves": lambda params, x: kernel(params, x),
+        "blocks": lambda params, x: kernel(params, x),
         "columns": lambda params, x: kernel(params, x, x + 1),
         "chunks": lambda params, x: kernel(params, x[:256], chunk_size=128),
         "columns in chunks": lambda params, x: kernel(params, x[:256], x + 1, chunk_size=128),
