@@ -154,8 +154,8 @@ class SymmetricMLP(nn.Module):
 class RegionRule(nk.sampler.rules.MetropolisRule):
     """Turns all spins of a box on a periodic lattice.
 
-    Near a critical point single spins turn the magnetisation in a number of sweeps that grows
-    as the number of sites; a box has few neighbours for its volume.
+    Near a critical point the magnetisation moves slowly by single spins; a box turns many of
+    them and has few neighbours.
     """
 
     extent: tuple[int, ...] = struct.field(pytree_node=False)

@@ -21,10 +21,15 @@ def kernel(params, x, y=None, chunk_size=None):
     return haiku_mlp.tangent_kernel(function, params, x, y, chunk_size=chunk_size)
 
 
-def step(params, x):
-    ones = jnp.ones(len(x))
+def step(params, x, **momentum):
     return haiku_mlp.natural_gradient(
-        lambda params: function(params, x), params, kernel(params, x), ones, 1e-2, centered=False
+        lambda params: function(params, x),
+        params,
+        kernel(params, x),
+        jnp.ones(len(x)),
+        1e-2,
+        centered=False,
+        **momentum,
     )
 
 
@@ -39,6 +44,7 @@ def main():
         "columns": lambda params, x: kernel(params, x, x + 1),
         "chunks": lambda params, x: kernel(params, x[:256], chunk_size=128),
         "columns in chunks": lambda params, x: kernel(params, x[:256], x + 1, chunk_size=128),
+        "momentum": lambda params, x: step(params, x, momentum=0.9, previous=params),
         "step": step,
     }
     for name, program in programs.items():
