@@ -355,11 +355,30 @@ def test_centered_in_single_precision(chunk_size):
     kernel = jax.jit(kernel, static_argnums=2)
     in_float64 = jax.tree.map(jnp.float64, (params, x))
     full, exact = kernel(*in_float64, False), kernel(*in_float64, True)
+    expected = jax.jit(functools.partial(dense_kernel, function))(*in_float64)[..., 0, 0]
+    assert_close(full, expected, 1e-12)
     assert jnp.mean(full) > 30**2 * jnp.mean(jnp.diagonal(exact))
     assert_close(exact, centered_kernel(full), 1e-11)
     size = jnp.max(jnp.abs(exact))
     assert jnp.max(jnp.abs(kernel(params, x, True) - exact)) < 1e-5 * size
     assert jnp.max(jnp.abs(centered_kernel(kernel(params, x, False)) - exact)) > 1e-4 * size
+
+
+def test_several_positions_of_two_batches():
+    """Products of inputs and of signals at several positions, those of each pair once."""
+    rng = np.random.default_rng(0)
+    params = [jnp.asarray(rng.normal(size=shape)) for shape in ((8, 32), (32, 32))]
+    x, y = (jnp.asarray(rng.normal(size=(batch, 3, 8))) for batch in (5, 4))
+
+    def function(params, x):
+        return jnp.tanh(jnp.tanh(x @ params[0]) @ params[1]).sum((1, 2))
+
+    assert [route[1:3] for route in haiku_mlp.kernel_plan(function, params, x)][1] == ("gram", 3)
+    kernels = (haiku_mlp.tangent_kernel, dense_kernel)
+    for batches in ((x,), (x, y)):
+        programs = (jax.jit(functools.partial(kernel, function)) for kernel in kernels)
+        ours, expected = (program(params, *batches) for program in programs)
+        assert_close(ours, expected[..., 0, 0], 1e-12)
 
 
 def test_centered_is_of_one_batch():
