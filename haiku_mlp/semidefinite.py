@@ -49,9 +49,11 @@ def solve(
         return jax.scipy.linalg.cho_solve(factor, b), _smallest_eigenvalue(factor)
 
     def by_eigenvectors(b: jax.Array) -> tuple[jax.Array, jax.Array]:
-        values, vectors = jnp.linalg.eigh(fixed)
+        vectors, values = jax.lax.linalg.eigh(fixed, symmetrize_input=False)
         inverse = jnp.where(values > rounding, 1 / values, 0).astype(b.dtype)
-        return _product(vectors, inverse * _product(vectors.conj().T, b)), values[0]
+        entries = inverse * _product(vectors.conj().T, b)
+        # In this order no copy of the eigenvectors is made, for which room is taken at each call.
+        return _product(entries, vectors.T), values[0]
 
     def not_a_number(b: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jnp.full_like(b, jnp.nan), jnp.full_like(bound, jnp.nan)
@@ -92,5 +94,5 @@ def _smallest_eigenvalue(factor: tuple[jax.Array, bool]) -> jax.Array:
     return growth ** (-1 / _ITERATIONS)
 
 
-def _product(matrix: jax.Array, vector: jax.Array) -> jax.Array:
-    return jnp.matmul(matrix, vector, precision="highest")
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision="highest")

@@ -54,7 +54,7 @@ def test_kernel_and_derivatives(sizes, rows, monkeypatch):
         def linear(values):
             return at(with_weights(layers, values))
 
-        ours = at.centered_kernel(), linear(change), jax.vjp(linear, values)[1](x[:, 0] * 0.5)
+        ours = at.kernel(centered=True), linear(change), jax.vjp(linear, values)[1](x[:, 0] * 0.5)
         return ours, (
             jacobian @ jacobian.T,
             jax.jvp(outputs, (values,), (change,))[1],
@@ -73,7 +73,7 @@ def test_kernel_in_single_precision():
     def kernel(dtype):
         cast = jax.tree.map(lambda a: a.astype(dtype), weights(layers))
         at = Linearized(with_weights(layers, cast), jnp.asarray(x, jnp.float32).astype(dtype))
-        return at.centered_kernel()
+        return at.kernel(centered=True)
 
     ours, expected = jax.jit(lambda: (kernel(jnp.float32), kernel(float)))()
     assert ours.dtype == jnp.float32

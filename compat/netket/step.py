@@ -10,6 +10,7 @@ import netket as nk
 
 import haiku_mlp
 from haiku_mlp.structure import Linearized, forward
+from haiku_mlp.structure.contraction import is_coarse
 
 from ..flax_adapter import MLP
 from .layers import layers
@@ -133,7 +134,7 @@ def _step(
         linearized = Linearized(network(params), samples)
         function, kernel = (
             (lambda params: linearized(network(params))),
-            linearized.centered_kernel(),
+            linearized.kernel(centered=is_coarse(local_energies)),
         )
     else:
         chunked = nk.jax.apply_chunked(outputs, in_axes=(None, 0), chunk_size=chunk_size)

@@ -1,5 +1,6 @@
 """Products of a network's derivatives at samples with those at others."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -121,6 +122,23 @@ def _inner(a: jax.Array, b: jax.Array, precision: Any = None) -> jax.Array:
     contract_last = (((1,), (1,)), ((), ()))
     products = jax.lax.dot_general(rows, columns, contract_last, precision=precision)
     return products.reshape(a.shape[:-1] + b.shape[:-1])
+
+
+def transposed(kernel: jax.Array) -> jax.Array:
+    """Returns the kernel of the columns with the rows, ``(B', O, B, O)`` or ``(B', B)``."""
+    half = kernel.ndim // 2
+    return jnp.transpose(kernel, (*range(half, kernel.ndim), *range(half)))
+
+
+def of_blocks(block: Callable[[int, int], jax.Array], number: int) -> jax.Array:
+    """Returns the kernel of samples with themselves from that of block ``i`` with ``j >= i``."""
+    found: dict[tuple[int, int], jax.Array] = {}
+    for i, j in itertools.combinations_with_replacement(range(number), 2):
+        found[i, j] = block(i, j)
+        if i != j:
+            found[j, i] = transposed(found[i, j])
+    rows = [[found[i, j] for j in range(number)] for i in range(number)]
+    return jnp.concatenate([jnp.concatenate(row, row[0].ndim // 2) for row in rows])
 
 
 def without_means(inputs: tuple[jax.Array, ...], signals: tuple[jax.Array, ...]) -> jax.Array:

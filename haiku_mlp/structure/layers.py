@@ -11,8 +11,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from haiku_mlp.arguments import Activation
 from haiku_mlp.linear import affine
 
-# Entries of the largest array (512 KB of float64): the few in use at once fit a CPU core's cache.
-_BLOCK_ENTRIES = 2**16
+# Entries of the largest array (1 MB of float64): a few in use at once fit a CPU core's cache, and
+# each operation is worth the cores that share it.
+_BLOCK_ENTRIES = 2**17
 
 
 class Layer(NamedTuple):

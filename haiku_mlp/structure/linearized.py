@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from haiku_mlp.linear import promote
-from haiku_mlp.structure.contraction import centered_kernel, is_coarse, without_means
+from haiku_mlp.structure.contraction import centered_kernel, is_coarse, of_blocks, without_means
 from haiku_mlp.structure.layers import Layer
 
 # A block of rows of a kernel is worth its overhead from this number on.
-_BLOCK_ROWS, _MAX_BLOCKS = 256, 8
+_BLOCK_ROWS, _MAX_BLOCKS = 256, 4
 
 
 class Linearized:
@@ -34,7 +34,7 @@ class Linearized:
       >>> from haiku_mlp.structure import Layer, Linearized
       >>> linear = Layer(w=jnp.ones((3, 1)), b=jnp.zeros(1))
       >>> at = Linearized((linear,), jnp.array([[1., 0., 0.], [0., 2., 0.]]))
-      >>> at.centered_kernel().tolist(), at((linear,)).tolist()
+      >>> at.kernel(centered=True).tolist(), at((linear,)).tolist()
       ([[1.25, -1.25], [-1.25, 1.25]], [1.0, 2.0])
     """
 
@@ -62,57 +62,53 @@ class Linearized:
         ]
         return functools.reduce(operator.add, terms)
 
-    def centered_kernel(self) -> jax.Array:
-        """Returns the kernel ``(B, B)`` of the derivatives less their mean over the samples.
-
-        The upper half by blocks, and its transpose.
-        """
-        pairs = [
-            (_Differences.of(h, layer.precision), _Differences.of(signal, layer.precision))
+    def kernel(self, *, centered: bool = False) -> jax.Array:
+        """Returns the kernel ``(B, B)`` of the derivatives, ``centered`` of all but their mean."""
+        means_first = centered and is_coarse(self.signals[0])
+        factors = [
+            (_Factor.of(h, layer, means_first), _Factor.of(signal, layer, means_first))
             for layer, h, signal in zip(self.layers, self.inputs, self.signals, strict=True)
         ]
         size = len(self.inputs[0])
-        num_blocks = max(1, min(size // _BLOCK_ROWS, _MAX_BLOCKS))
-        ends = [size * i // num_blocks for i in range(num_blocks + 1)]
-        kernel = jnp.zeros((size, size), self.signals[0].dtype)
-        for start, end in itertools.pairwise(ends):
-            rows = self._rows(pairs, slice(start, end), slice(start, None))
-            kernel = kernel.at[start:end, start:].set(rows)
-            kernel = kernel.at[end:, start:end].set(rows[:, end - start :].T)
-        return centered_kernel(kernel)
+        number = max(1, min(size // _BLOCK_ROWS, _MAX_BLOCKS))
+        ends = [size * i // number for i in range(number + 1)]
+        blocks = list(itertools.starmap(slice, itertools.pairwise(ends)))
+        kernel = of_blocks(lambda i, j: self._block(factors, blocks[i], blocks[j]), number)
+        return centered_kernel(kernel) if centered else kernel
 
-    def _rows(
-        self, pairs: list[tuple["_Differences", "_Differences"]], rows: slice, columns: slice
+    def _block(
+        self, factors: list[tuple["_Factor", "_Factor"]], rows: slice, columns: slice
     ) -> jax.Array:
         terms = []
-        for layer, (h, signal) in zip(self.layers, pairs, strict=True):
+        for layer, (h, signal) in zip(self.layers, factors, strict=True):
             inputs, signals = h.products(rows, columns), signal.products(rows, columns)
-            terms.append(without_means(inputs, signals))
+            whole = inputs[0] * signals[0]
+            terms.append(whole if h.mean is None else without_means(inputs, signals))
             if layer.b is not None:
                 terms.append(signals[0])
         return functools.reduce(operator.add, terms)
 
 
-class _Differences(NamedTuple):
-    """Factors at samples less their mean, or less zero where the digits suffice."""
+class _Factor(NamedTuple):
+    """A factor of the derivatives at all samples, perhaps less its mean ``(1, n)``."""
 
     values: jax.Array
-    mean: jax.Array
-    with_mean: jax.Array
+    mean: jax.Array | None
     precision: Any
 
     @classmethod
-    def of(cls, factors: jax.Array, precision: Any) -> "_Differences":
-        mean = jnp.mean(factors, 0) if is_coarse(factors) else jnp.zeros_like(factors[0])
-        values = factors - mean[None]
-        return cls(values, mean, jnp.matmul(values, mean, precision=precision), precision)
+    def of(cls, values: jax.Array, layer: Layer, is_less_mean: bool) -> "_Factor":
+        if not is_less_mean:
+            return cls(values, None, layer.precision)
+        mean = jnp.mean(values, 0, keepdims=True)
+        return cls(values - mean, mean, layer.precision)
 
     def products(self, rows: slice, columns: slice) -> tuple[jax.Array, ...]:
-        """Returns what :func:`without_means` takes."""
-        values = self.values[rows], self.values[columns].T
-        return (
-            jnp.matmul(*values, precision=self.precision),
-            self.with_mean[rows, None],
-            self.with_mean[None, columns],
-            jnp.vdot(self.mean, self.mean)[None, None],
+        """Returns the products of samples, with a mean all that :func:`without_means` takes."""
+        left, right = [self.values[rows]], [self.values[columns]]
+        if self.mean is not None:
+            left.append(self.mean)
+            right.append(self.mean)
+        return tuple(
+            jnp.matmul(a, b.T, precision=self.precision) for a, b in itertools.product(left, right)
         )

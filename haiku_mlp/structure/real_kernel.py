@@ -2,14 +2,14 @@
 
 import operator
 from collections.abc import Callable
-from itertools import combinations_with_replacement, pairwise
+from itertools import pairwise
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from haiku_mlp.sequence import after
-from haiku_mlp.structure.contraction import contract
+from haiku_mlp.structure.contraction import contract, of_blocks, transposed
 from haiku_mlp.structure.network import Network, ParameterDerivatives, Part, multiplied
 
 # From this number of multiply-adds of Jacobians on a kernel is made in so many blocks of rows.
@@ -74,15 +74,13 @@ def _kernel_by_blocks(network: Network, x: Any, differences: bool) -> jax.Array:
     blocks = [jax.vmap(lambda one: multiplied(one, parts))(block) for block in factors]
     means = _means(blocks[0]) if differences else None
     blocks = [_less(block, means) for block in blocks]
-    found: dict[tuple[int, int], jax.Array] = {}
-    for i, j in combinations_with_replacement(range(number), 2):
+
+    def block(i: int, j: int) -> jax.Array:
         if i == j:
-            found[i, i] = _own_kernel(network, parts, blocks[i], means, None)
-        else:
-            found[i, j] = contract(network, parts, blocks[i], blocks[j], means)
-            found[j, i] = _transposed(found[i, j])
-    rows = [[found[i, j] for j in range(number)] for i in range(number)]
-    return jnp.concatenate([jnp.concatenate(row, 2) for row in rows])
+            return _own_kernel(network, parts, blocks[i], means, None)
+        return contract(network, parts, blocks[i], blocks[j], means)
+
+    return of_blocks(block, number)
 
 
 def _derivatives(
@@ -124,7 +122,7 @@ def _own_kernel(
     kernel = _kernel_of(network, whole, at, at, means, chunk_size)
     if halved:
         half = _kernel_of(network, halved, at, at, means, chunk_size, half=True)
-        kernel += half + _transposed(half)
+        kernel += half + transposed(half)
     return kernel
 
 
@@ -147,10 +145,6 @@ def _remade_kernel(
         return jnp.moveaxis(_map(entry, y, chunk_size), 0, 1)
 
     return _map(kernel_row, x, chunk_size)
-
-
-def _transposed(kernel: jax.Array) -> jax.Array:
-    return jnp.transpose(kernel, (2, 3, 0, 1))
 
 
 def _means(at: ParameterDerivatives) -> ParameterDerivatives:

@@ -11,6 +11,7 @@ Prints each change that no test sees, and the share that a test does.
 import argparse
 import ast
 import copy
+import itertools
 import os
 import pathlib
 import random
@@ -20,7 +21,6 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -267,16 +267,16 @@ def main() -> None:
         print(f"{len(found)} changes, of which {len(chosen)} are tried", flush=True)
         runs = record(repo, args.tests)
         print(f"{len(runs)} tests, {sum(run.seconds for run in runs.values()):.0f} s", flush=True)
-        num_killed: dict[str, list[bool]] = defaultdict(list)
-        for mutant in chosen:
-            killed = is_killed(mutant, tests_of(mutant, runs), repo)
-            num_killed[mutant.file].append(killed)
-            if not killed:
-                print("alive:", mutant.change, flush=True)
-    for name, killed in num_killed.items():
-        print(f"{name}: {sum(killed)} of {len(killed)}")
-    total = [killed for each in num_killed.values() for killed in each]
-    print(f"killed: {sum(total)} of {len(total)}, {sum(total) / len(total):.1%}")
+        num_killed = 0
+        for name, group in itertools.groupby(chosen, lambda mutant: mutant.file):
+            killed = []
+            for mutant in group:
+                killed.append(is_killed(mutant, tests_of(mutant, runs), repo))
+                if not killed[-1]:
+                    print("alive:", mutant.change, flush=True)
+            print(f"{name}: {sum(killed)} of {len(killed)}", flush=True)
+            num_killed += sum(killed)
+    print(f"killed: {num_killed} of {len(chosen)}, {num_killed / len(chosen):.1%}")
 
 
 if __name__ == "__main__":
