@@ -718,7 +718,7 @@ CLASSES = {
     ],
     "fields": lambda mlp: [
         (f.name, str(f.default), f.kw_only)
-        for f in dataclasses.fields(mlp)
+        for f in (*dataclasses.fields(mlp), *dataclasses.fields(BLOCKS[mlp]))
         if f.name not in ("kernel_init", "bias_init")
     ],
 }

@@ -129,6 +129,19 @@ def test_calls_at_which_flax_does_not_look_are_those_of_haiku(face):
         assert frames(face(), x) > 30
 
 
+def test_calls_go_through_flax_where_an_activation_may_make_modules():
+    """Flax names these beside the layers.  Other activations are tried out, once."""
+
+    def depth(activation):
+        fields = {"hidden_dims": 2, "hidden_activations": activation}
+        return frames(compat.MLP(**fields), jax.numpy.ones(3))
+
+    def makes_a_module(z):
+        return nn.Dense(2)(z)
+
+    assert depth(jax.nn.tanh) + 5 < depth(makes_a_module)
+
+
 def test_what_an_activation_is_is_not_kept_longer_than_itself():
     class Activation:
         def __call__(self, z):

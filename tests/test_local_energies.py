@@ -14,7 +14,7 @@ from flax import linen as nn
 from netket.vqs.mc import kernels
 
 import compat
-from compat.netket import local_energies
+from compat.netket import layers, local_energies
 from haiku_mlp.structure import Layer, at_configurations, forward
 
 CHAIN = nk.graph.Chain(16)
@@ -66,6 +66,22 @@ def pair(fields, **options):
 
 def is_ours(kernel):
     return getattr(kernel, "func", None) is local_energies._local_values
+
+
+@pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
+def test_layers_are_all_that_the_model_is(fields):
+    """Where they are not, NetKet's own paths give the same results, so others do not see it."""
+    model, x = compat.MLP(**fields), SPINS.random_state(jax.random.key(1), 3)
+    variables = model.init(jax.random.key(0), x)
+    found = layers.layers(model, variables)
+    if isinstance(fields.get("hidden_activations"), nn.Module):
+        assert found is None
+        return
+    assert_close(forward(found, x)[:, 0], model.apply(variables, x), 1e-14)
+    assert layers.bits(found, x) == jnp.finfo(fields.get("param_dtype", float)).bits
+    assert layers.bits((Layer(jnp.ones((16, 1), int)),), x) == 0
+    assert layers.layers(nk.models.MLP(**fields), variables) is None
+    assert layers.layers(model, {**variables, "perturbations": {}}) is None
 
 
 class TestConfigurations:

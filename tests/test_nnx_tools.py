@@ -1,4 +1,4 @@
-"""``compat.nnx`` under what Flax 0.11 has not yet: captures, modules by path, FLOPs."""
+"""``compat.nnx`` under what Flax 0.11 has not yet: captures, modules by path, views, FLOPs."""
 
 import haiku as hk
 import jax.numpy as jnp
@@ -21,6 +21,16 @@ def test_iter_modules():
         ("block", "linear_0"): "Linear",
         ("block", "linear_1"): "Linear",
     }
+
+
+def test_view():
+    model = test_nnx.make_net()
+    view = nnx.view(model, deterministic=True)
+    assert (view(X) == view(X)).all()
+    assert view.linear.w is model.linear.w
+    assert not model.deterministic
+    assert not nnx.view(model).deterministic
+    assert not nnx.view(view, deterministic=False).deterministic
 
 
 def test_tabulate_flops():
