@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax import nnx
 
 import compat
-from compat.netket import MinSR, natural_gradient
+from compat.netket import MinSR, few_parameters, natural_gradient
 from compat.netket.local_energies import local_energies
 
 HILBERT = nk.hilbert.Spin(0.5, 6)
@@ -143,14 +143,50 @@ def test_holomorphic_mode_gives_the_same_step():
         assert_same(other, netket_driver(state).compute_loss_and_update()[1])
 
 
+class RealAndComplex(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        phase = self.param("phase", nn.initializers.ones, (6,), float)
+        return compat.MLP((5,), param_dtype=complex)(x) + 1j * x @ phase
+
+
 @pytest.mark.parametrize(
-    ("name", "momentum"), cases.cover(["real", "not_holomorphic"], [0.8, None])
+    ("model", "mode"),
+    [
+        (compat.MLP(**MODELS["holomorphic"]), "holomorphic"),
+        (compat.MLP(**MODELS["not_holomorphic"]), None),
+        (compat.MLP(**MODELS["not_holomorphic"]), "real"),
+        (RealAndComplex(), None),
+    ],
 )
-def test_driver_runs_as_netkets(name, momentum):
+@pytest.mark.slow
+def test_step_of_few_parameters(model, mode, monkeypatch):
+    state = state_of(model, n_samples=400)
+    assert few_parameters.are_few(state.parameters, 400 if mode == "real" else 800)
+    _, step = natural_gradient(state, HAMILTONIAN, 1e-3, mode=mode)
+    _, in_chunks = natural_gradient(state, HAMILTONIAN, 1e-3, mode=mode, chunk_size=30)
+    assert_close(in_chunks, step, 1e-10)
+    parts = sys.modules[natural_gradient.__module__]
+    monkeypatch.setattr(parts, "are_few", lambda *_: False)
+    _, by_kernel = natural_gradient(state, HAMILTONIAN, 1e-3, mode=mode, chunk_size=400)
+    assert_same(step, by_kernel)
+
+
+def test_when_parameters_are_few():
+    params = {"a": jnp.ones((3, 4)), "b": jnp.ones(2, complex)}
+    assert few_parameters.are_few(params, 33)
+    assert not few_parameters.are_few(params, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "momentum", "n_samples"),
+    [("real", 0.8, 48), ("not_holomorphic", None, 48), ("real", 0.8, 200)],
+)
+def test_driver_runs_as_netkets(name, momentum, n_samples):
     def schedule(step):
         return 1e-2 * 0.5**step
 
-    ours, theirs = state_of(compat.MLP(**MODELS[name])), state_of(compat.MLP(**MODELS[name]))
+    ours, theirs = (state_of(compat.MLP(**MODELS[name]), n_samples) for _ in range(2))
     driver = MinSR(
         HAMILTONIAN, optax.sgd(0.1), diag_shift=schedule, variational_state=ours, momentum=momentum
     )

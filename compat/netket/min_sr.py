@@ -16,11 +16,9 @@ Schedule = float | jax.Array | Callable[[int], Any]
 class MinSR(nk.driver.AbstractOptimizationDriver):
     """Energy minimisation: :func:`natural_gradient` as a NetKet driver.
 
-    It takes the steps of ``netket.driver.VMC_SR(use_ntk=True)``, and runs, logs and calls
-    back as every driver of NetKet.  The system is as large as the number of samples: with fewer
-    parameters than samples ``VMC_SR`` is faster, which then solves that of the parameters.  A
-    part of a natural step is not the natural step of that part: to freeze layers by path, take
-    ``netket.driver.VMC``.
+    It takes the steps of ``netket.driver.VMC_SR``, and runs, logs and calls back as every
+    driver of NetKet.  A part of a natural step is not the natural step of that part: to freeze
+    layers by path, take ``netket.driver.VMC``.
 
     Args:
       hamiltonian: The operator whose expectation value is minimised.

@@ -13,6 +13,7 @@ from haiku_mlp.structure import Linearized, forward
 from haiku_mlp.structure.contraction import is_coarse
 
 from ..flax_adapter import MLP
+from .few_parameters import are_few, parameter_step
 from .layers import layers
 from .local_energies import local_energies
 
@@ -37,6 +38,10 @@ def natural_gradient(
     :math:`\epsilon` the centred local energies likewise,
 
     .. math:: \delta = 2 X^\dagger (X X^\dagger + \lambda)^{-1} \epsilon
+
+    For less than half as many real parameters as outputs the system of the parameters is
+    solved, which is the smaller: :math:`2 (X^\dagger X + \lambda)^{-1} X^\dagger \epsilon` is
+    the same step.
 
     Args:
       state: A state of any model, the logarithm of the wave function.
@@ -123,12 +128,22 @@ def _step(
     mode: str,
     chunk_size: int | None,
 ) -> Any:
+    is_small = are_few(params, len(samples) * (1 if mode == "real" else 2))
+    if is_small and mode == "holomorphic":
+        mode = "complex"  # the same step, of real numbers
+
     def outputs(params: Any, samples: jax.Array) -> jax.Array:
         return _outputs(log_psi({**model_state, "params": params}, samples), mode)
 
     def network(params: Any) -> Any:
         return None if mlp is None else layers(mlp, {**model_state, "params": params})
 
+    residuals = _outputs(2 * local_energies, mode)
+    options: Any = {"momentum": momentum, "previous": previous}
+    if is_small:
+        return parameter_step(
+            outputs, params, samples, residuals, diag_shift, chunk_size=chunk_size, **options
+        )
     function: Callable[[Any], jax.Array]
     if chunk_size is None and _is_linearized(network(params), samples, mode):
         linearized = Linearized(network(params), samples)
@@ -142,15 +157,7 @@ def _step(
         kernel = haiku_mlp.tangent_kernel(
             outputs, params, samples, chunk_size=chunk_size, centered=True
         )
-    return haiku_mlp.natural_gradient(
-        function,
-        params,
-        kernel,
-        _outputs(2 * local_energies, mode),
-        diag_shift,
-        momentum=momentum,
-        previous=previous,
-    )
+    return haiku_mlp.natural_gradient(function, params, kernel, residuals, diag_shift, **options)
 
 
 def _of_samples(outputs: Callable, samples: jax.Array, params: Any) -> jax.Array:

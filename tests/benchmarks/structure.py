@@ -88,25 +88,37 @@ def sr_rows(budget: float) -> Iterator[tuple[str, ...]]:
 
     The samples are given; local energies, kernel, solution and step are computed.
     """
-    hilbert = nk.hilbert.Spin(0.5, 64)
-    hamiltonian = nk.operator.Ising(hilbert, nk.graph.Chain(64), h=1.0)
+    kernels = {
+        "VMC_SR": {"use_ntk": True, "on_the_fly": False},
+        "VMC_SR on the fly": {"use_ntk": True, "on_the_fly": True},
+    }
+    yield from _steps(64, (256, 256), 1024, kernels, budget)
+    yield from _steps(16, (16,), 2048, {"VMC_SR, by parameters": {"use_ntk": False}}, budget)
+
+
+def _steps(
+    num_spins: int,
+    hidden_dims: tuple[int, ...],
+    num_samples: int,
+    rivals: dict[str, dict[str, bool]],
+    budget: float,
+) -> Iterator[tuple[str, ...]]:
+    hilbert = nk.hilbert.Spin(0.5, num_spins)
+    hamiltonian = nk.operator.Ising(hilbert, nk.graph.Chain(num_spins), h=1.0)
     sampler = nk.sampler.MetropolisLocal(hilbert, n_chains=64)
-    model = compat.MLP(hidden_dims=(256, 256))
-    state = nk.vqs.MCState(sampler, model, n_samples=1024, n_discard_per_chain=1, seed=0)
-    options = {"diag_shift": 1e-3, "variational_state": state}
-    make = functools.partial(nk.driver.VMC_SR, hamiltonian, optax.sgd(0.1), use_ntk=True)
+    model = compat.MLP(hidden_dims=hidden_dims)
+    state = nk.vqs.MCState(sampler, model, n_samples=num_samples, n_discard_per_chain=1, seed=0)
+    make = functools.partial(nk.driver.VMC_SR, hamiltonian, optax.sgd(0.1))
+    options: Any = {"diag_shift": 1e-3, "variational_state": state}
     with contextlib.redirect_stdout(io.StringIO()):
-        drivers = {
-            "MinSR": MinSR(hamiltonian, optax.sgd(0.1), **options),
-            "VMC_SR": make(on_the_fly=False, **options),
-            "VMC_SR on the fly": make(on_the_fly=True, **options),
-        }
+        drivers = {"MinSR": MinSR(hamiltonian, optax.sgd(0.1), **options)}
+        drivers |= {name: make(**rival, **options) for name, rival in rivals.items()}
     calls: dict[str, Callable[[], object]] = {
         name: lambda driver=driver: driver.compute_loss_and_update()[1]
         for name, driver in drivers.items()
     }
     calls["local energies alone"] = lambda: state.local_estimators(hamiltonian)
-    what = "SR step, 64 spins, 2 x 256, 1024 samples"
+    what = f"SR step, {num_spins} spins, hidden {' x '.join(map(str, hidden_dims))}, {num_samples} samples"
     for name, value in ratios(calls, "MinSR", budget=budget, least=3).items():
         if name != "MinSR":
             yield what, name, str(value)
