@@ -28,7 +28,7 @@ HERE = pathlib.Path(__file__).parent
         pytest.param(
             "scripts/four_devices_netket.py",
             {"NETKET_EXPERIMENTAL_SHARDING_CPU": "4"},
-            5,
+            8,
             marks=pytest.mark.slow,
         ),
     ],

@@ -118,7 +118,8 @@ def _steps(
         for name, driver in drivers.items()
     }
     calls["local energies alone"] = lambda: state.local_estimators(hamiltonian)
-    what = f"SR step, {num_spins} spins, hidden {' x '.join(map(str, hidden_dims))}, {num_samples} samples"
+    hidden = " x ".join(map(str, hidden_dims))
+    what = f"SR step, {num_spins} spins, hidden {hidden}, {num_samples} samples"
     for name, value in ratios(calls, "MinSR", budget=budget, least=3).items():
         if name != "MinSR":
             yield what, name, str(value)

@@ -3,10 +3,11 @@
 import jax
 import netket as nk
 import numpy as np
+import optax
 import pytest
 
 import compat
-from compat.netket import local_energies, structured
+from compat.netket import local_energies, natural_gradient, structured
 
 
 def train(model):
@@ -49,6 +50,23 @@ def test_local_energies(chunk_size):
     np.testing.assert_allclose(ours[0].mean, stock[0].mean, rtol=1e-12)
     for a, b in zip(*map(jax.tree.leaves, (ours[1], stock[1])), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("n_samples", "chunk_size"), [(64, None), (256, None), (256, 24)])
+def test_step(n_samples, chunk_size):
+    """By the kernel; by the system of the parameters where it is the smaller."""
+    hilbert = nk.hilbert.Spin(0.5, 6)
+    hamiltonian = nk.operator.IsingJax(hilbert, nk.graph.Chain(6), h=1.0)
+    sampler = nk.sampler.MetropolisLocal(hilbert, n_chains=8)
+    with jax.numpy_rank_promotion("allow"):
+        state = nk.vqs.MCState(sampler, compat.MLP((4,)), n_samples=n_samples, seed=1)
+        _, step = natural_gradient(state, hamiltonian, 1e-3, chunk_size=chunk_size)
+        driver = nk.driver.VMC_SR(
+            hamiltonian, optax.sgd(0.1), diag_shift=1e-3, variational_state=state
+        )
+        _, expected = driver.compute_loss_and_update()
+    for a, b in zip(*map(jax.tree.leaves, (step, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("screened", [False, True])
