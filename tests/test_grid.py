@@ -185,6 +185,10 @@ QUANTITIES = {
     "of any network": Quantity(
         lambda net, *args: haiku_mlp.tangent_kernel(net.forward, *args), jacobian_kernel
     ),
+    "of two batches": Quantity(
+        lambda net, params, x: haiku_mlp.tangent_kernel(net.forward, params, x, jnp.roll(x, 1, 0)),
+        lambda name: jacobian(name) @ np.roll(jacobian(name), 1, 0).T,
+    ),
     "centered": Quantity(
         lambda net, *args: haiku_mlp.tangent_kernel(net.forward, *args, centered=True),
         centered_kernel,
