@@ -90,7 +90,7 @@ def assert_same_chain(sampler, model, **options):
     assert 0 < state.n_accepted < state.n_steps
 
 
-QUICK = {"exchange"}
+QUICK = {"exchange", "fock"}
 
 
 @pytest.mark.parametrize("name", cases.first(QUICK, RULES))
@@ -101,6 +101,20 @@ def test_rules(name):
 @pytest.mark.parametrize("name", cases.first({"exchange"}, ["fock", "exchange", "multiple"]))
 def test_screened(name):
     check_rule(name, screened=True)
+
+
+def test_screened_where_single_precision_sees_little():
+    """Two units whose difference, some roundings of 32 bits, decides."""
+    model = compat.MLP(hidden_dims=(2,), hidden_activations=jnp.tanh, use_hidden_bias=False)
+    w = jax.random.normal(jax.random.key(1), (6, 1))
+    step = 5e-6 * jax.random.normal(jax.random.key(2), (6, 1))
+    weights = {"Dense_0": jnp.concatenate([w, w + step], 1), "Dense_1": jnp.array([[2e5], [-2e5]])}
+    variables = {"params": {"MLP_0": {name: {"kernel": a} for name, a in weights.items()}}}
+    sampler = nk.sampler.MetropolisLocal(SPINS, n_chains=1)
+    (x, _), state = chain(sampler, model, variables, 60)
+    (ours, _), our_state = chain(structured(sampler, screened=True), model, variables, 60)
+    np.testing.assert_array_equal(ours, x)
+    assert 0 < our_state.n_accepted == state.n_accepted < state.n_steps
 
 
 def check_rule(name, screened):

@@ -2,10 +2,11 @@
 
     python tests/scripts/mutation.py                               # 300 changes of all the code
     python tests/scripts/mutation.py --number 50 haiku_mlp/mlp.py  # 50 of one file, or folder
+    python tests/scripts/mutation.py --slow compat/netket --tests tests/test_sampler.py
 
-First the fast tests run once and tell which lines each runs.  A change is then met by the
-tests that run its line, the quickest first, in a process of its own, until one fails.
-Prints each change that no test sees, and the share that a test does.
+First the tests run once, without ``--slow`` the fast ones, and tell which lines each runs.  A
+change is then met by those that run its line, the quickest first, in a process of its own,
+until one fails.  Prints each change that no test sees, and the share that a test does.
 """
 
 import argparse
@@ -34,6 +35,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 PACKAGES = ("haiku_mlp", "compat")
 # Threads and other processes hide which lines they run.
 UNUSED = "not (threads or processes or devices or packaging or versions or readme or layout)"
+ALL = ("-m", "slow or not slow")
 AT_MOST = 40  # seconds of tests for a change
 TIME_LIMIT = 180  # seconds: a change may make a loop endless
 
@@ -203,7 +205,7 @@ def pytest_in(repo: pathlib.Path, arguments: list[str], plugins: tuple[Any, ...]
 
 
 def record(repo: pathlib.Path, tests: list[str]) -> dict[str, Run]:
-    """Runs the fast tests once, or some."""
+    """Runs tests once."""
     path = repo / "runs.txt"
 
     def run() -> int:
@@ -240,7 +242,8 @@ def is_killed(mutant: Mutant, tests: list[str], repo: pathlib.Path) -> bool:
     original = file.read_text()
     file.write_text(mutant.text)
     try:
-        return in_child(lambda: pytest_in(repo, ["-x", *tests]), repo / "log.txt", TIME_LIMIT) != 0
+        arguments = ["-x", *ALL, *tests]
+        return in_child(lambda: pytest_in(repo, arguments), repo / "log.txt", TIME_LIMIT) != 0
     finally:
         file.write_text(original)
 
@@ -251,7 +254,9 @@ def main() -> None:
     parser.add_argument("--number", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tests", nargs="+", default=["tests"], help="those that are run")
+    parser.add_argument("--slow", action="store_true", help="run those marked slow, too")
     args = parser.parse_args()
+    tests = [*args.tests, *(ALL if args.slow else ())]
     names = [
         str(file.relative_to(ROOT))
         for path in args.paths
@@ -265,7 +270,7 @@ def main() -> None:
         hidden = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "dist")
         shutil.copytree(ROOT, repo, ignore=hidden)
         print(f"{len(found)} changes, of which {len(chosen)} are tried", flush=True)
-        runs = record(repo, args.tests)
+        runs = record(repo, tests)
         print(f"{len(runs)} tests, {sum(run.seconds for run in runs.values()):.0f} s", flush=True)
         num_killed = 0
         for name, group in itertools.groupby(chosen, lambda mutant: mutant.file):
