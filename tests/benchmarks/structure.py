@@ -93,7 +93,7 @@ def sr_rows(budget: float) -> Iterator[tuple[str, ...]]:
         "VMC_SR on the fly": {"use_ntk": True, "on_the_fly": True},
     }
     yield from _steps(64, (256, 256), 1024, kernels, budget)
-    yield from _steps(16, (16,), 2048, {"VMC_SR, by parameters": {"use_ntk": False}}, budget)
+    yield from _steps(16, (16,), 2048, {"VMC_SR": {"use_ntk": False}}, budget)
 
 
 def _steps(
