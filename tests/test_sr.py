@@ -263,6 +263,25 @@ def test_single_precision_model_with_a_momentum_in_double():
     assert dtypes[0] == dtypes[1]
 
 
+def test_single_precision_where_derivatives_hardly_vary():
+    """The mean goes before the products, though the local energies are in 64 bits."""
+
+    def activation(z):
+        return z + 0.01 * jnp.tanh(z)
+
+    def step(dtype):
+        model = compat.MLP(hidden_dims=(8,), hidden_activations=activation, param_dtype=dtype)
+        accepts_all = nk.sampler.MetropolisLocal(HILBERT, n_chains=8, machine_pow=0)
+        state = nk.vqs.MCState(accepts_all, model, n_samples=48, seed=2)
+        single = model.clone(param_dtype=jnp.float32)
+        params = single.init(jax.random.key(0), jnp.ones((1, 6)))["params"]
+        params["MLP_0"]["Dense_0"]["bias"] += 300
+        state.parameters = jax.tree.map(lambda a: a.astype(dtype), params)
+        return jax.tree.map(lambda a: a.astype(float), natural_gradient(state, HAMILTONIAN, 1)[1])
+
+    assert_close(step(jnp.float32), step(jnp.float64), 3e-4)
+
+
 def test_a_state_of_another_kind():
     state = nk.vqs.FullSumState(HILBERT, compat.MLP())
     with pytest.raises(TypeError, match=r"must be a netket.vqs.MCState, got a FullSumState"):

@@ -1,5 +1,6 @@
 """The step of stochastic reconfiguration from a system as large as the parameters are many."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -56,16 +57,18 @@ def parameter_step(
     jacobian = jacobian.astype(jnp.promote_types(point.dtype, jnp.float32))
     jacobian -= jnp.mean(jacobian, 0, keepdims=True)
     rows = jacobian.reshape(-1, point.size)
+    product = functools.partial(jnp.matmul, precision="highest")
     residuals = residuals.astype(rows.dtype).reshape(-1)
     before = jnp.zeros_like(rows[0])
     if previous is not None:
         before += momentum * ravel_pytree(_real_parts(previous))[0].astype(rows.dtype)
-        residuals -= rows @ before
-    metric = rows.T @ rows / len(samples)
+        residuals -= product(rows, before)
+    metric = product(rows.T, rows) / len(samples)
+    gradient = product(rows.T, residuals) / len(samples)
     rounding = 4 * jnp.finfo(rows.dtype).eps * jnp.linalg.norm(metric)
     damping = jnp.asarray(damping, rows.dtype)
     metric += damping * jnp.eye(point.size, dtype=rows.dtype)
-    step, _ = semidefinite.solve(metric, residuals @ rows / len(samples), rounding, damping)
+    step, _ = semidefinite.solve(metric, gradient, rounding, damping)
     return _whole(unravel((before + step).astype(point.dtype)), params)
 
 

@@ -149,7 +149,7 @@ def _step(
         linearized = Linearized(network(params), samples)
         function, kernel = (
             (lambda params: linearized(network(params))),
-            linearized.kernel(centered=is_coarse(local_energies)),
+            linearized.kernel(centered=is_coarse(linearized.signals[0])),
         )
     else:
         chunked = nk.jax.apply_chunked(outputs, in_axes=(None, 0), chunk_size=chunk_size)
