@@ -49,7 +49,7 @@ def solve(
         return jax.scipy.linalg.cho_solve(factor, b), _smallest_eigenvalue(factor)
 
     def by_eigenvectors(b: jax.Array) -> tuple[jax.Array, jax.Array]:
-        vectors, values = jax.lax.linalg.eigh(fixed, symmetrize_input=False)
+        values, vectors = jnp.linalg.eigh(fixed, symmetrize_input=False)
         inverse = jnp.where(values > rounding, 1 / values, 0).astype(b.dtype)
         entries = inverse * _product(vectors.conj().T, b)
         # In this order no copy of the eigenvectors is made, for which room is taken at each call.
