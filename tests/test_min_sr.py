@@ -259,6 +259,7 @@ class TestNaturalGradient:
         )
         jax.tree.map(np.testing.assert_array_equal, ours, expected)
 
+    @pytest.mark.slow
     def test_a_step_has_the_dtypes_of_the_parameters(self):
         """Of a float32 model with a float64 momentum, step after step, promotion forbidden."""
         function, params, kernel, _ = network(hidden_dims=(3,), param_dtype=jnp.float32)

@@ -146,6 +146,7 @@ def test_a_process_dies_and_the_run_resumes(tmp_path, undisturbed, killed):
         assert process.weights == undisturbed.weights
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_killed(tmp_path, monkeypatch):
     """The other one never comes; a worker waits longer for it than the limit here."""
     monkeypatch.setattr(sys.modules[__name__], "TIME_LIMIT", 3)
