@@ -54,7 +54,8 @@ def parameter_step(
         jacobian = jax.vmap(derivatives)(samples)
     else:
         jacobian = jax.lax.map(derivatives, samples, batch_size=chunk_size)
-    jacobian = jacobian.astype(jnp.promote_types(point.dtype, jnp.float32))
+    is_half = jnp.finfo(point.dtype).bits < 32
+    jacobian = jacobian.astype(jnp.float32 if is_half else point.dtype)
     jacobian -= jnp.mean(jacobian, 0, keepdims=True)
     rows = jacobian.reshape(-1, point.size)
     product = functools.partial(jnp.matmul, precision="highest")
