@@ -103,16 +103,17 @@ def test_screened(name):
     check_rule(name, screened=True)
 
 
-def test_screened_where_single_precision_sees_little():
+@pytest.mark.parametrize("name", ["local", "exchange"])
+def test_screened_where_single_precision_sees_little(name):
     """Two units whose difference, some roundings of 32 bits, decides."""
     model = compat.MLP(hidden_dims=(2,), hidden_activations=jnp.tanh, use_hidden_bias=False)
     w = jax.random.normal(jax.random.key(1), (6, 1))
-    step = 5e-6 * jax.random.normal(jax.random.key(2), (6, 1))
-    weights = {"Dense_0": jnp.concatenate([w, w + step], 1), "Dense_1": jnp.array([[2e5], [-2e5]])}
+    step = 2e-5 * jax.random.normal(jax.random.key(2), (6, 1))
+    weights = {"Dense_0": jnp.concatenate([w, w + step], 1), "Dense_1": jnp.array([[5e4], [-5e4]])}
     variables = {"params": {"MLP_0": {name: {"kernel": a} for name, a in weights.items()}}}
-    sampler = nk.sampler.MetropolisLocal(SPINS, n_chains=1)
-    (x, _), state = chain(sampler, model, variables, 60)
-    (ours, _), our_state = chain(structured(sampler, screened=True), model, variables, 60)
+    sampler = nk.sampler.MetropolisSampler(*RULES[name], n_chains=1)
+    (x, _), state = chain(sampler, model, variables, 3000)
+    (ours, _), our_state = chain(structured(sampler, screened=True), model, variables, 3000)
     np.testing.assert_array_equal(ours, x)
     assert 0 < our_state.n_accepted == state.n_accepted < state.n_steps
 

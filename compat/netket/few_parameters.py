@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import netket as nk
 from jax.flatten_util import ravel_pytree
 
 from haiku_mlp import semidefinite
@@ -16,7 +17,8 @@ def are_few(params: Any, num_outputs: int) -> bool:
 
     It needs their derivatives, which the kernel may do without.
     """
-    return 2 * sum(leaf.size for leaf in jax.tree.leaves(_real_parts(params))) < num_outputs
+    numbers, _ = nk.jax.tree_to_real(params)
+    return 2 * nk.jax.tree_size(numbers) < num_outputs
 
 
 def parameter_step(
@@ -42,18 +44,14 @@ def parameter_step(
       previous: As there.
       chunk_size: Samples whose derivatives are formed at a time; None: all.
     """
-    point, unravel = ravel_pytree(_real_parts(params))
+    numbers, restore = nk.jax.tree_to_real(params)
+    point, unravel = ravel_pytree(numbers)
 
     def output(point: jax.Array, sample: jax.Array) -> jax.Array:
-        return outputs(_whole(unravel(point), params), sample[None])[0]
+        return outputs(restore(unravel(point)), sample[None])[0]
 
-    def derivatives(sample: jax.Array) -> jax.Array:
-        return jax.jacrev(output)(point, sample)
-
-    if chunk_size is None:
-        jacobian = jax.vmap(derivatives)(samples)
-    else:
-        jacobian = jax.lax.map(derivatives, samples, batch_size=chunk_size)
+    derivatives = nk.jax.vmap_chunked(jax.jacrev(output), (None, 0), chunk_size=chunk_size)
+    jacobian = derivatives(point, samples)
     is_half = jnp.finfo(point.dtype).bits < 32
     jacobian = jacobian.astype(jnp.float32 if is_half else point.dtype)
     jacobian -= jnp.mean(jacobian, 0, keepdims=True)
@@ -62,7 +60,8 @@ def parameter_step(
     residuals = residuals.astype(rows.dtype).reshape(-1)
     before = jnp.zeros_like(rows[0])
     if previous is not None:
-        before += momentum * ravel_pytree(_real_parts(previous))[0].astype(rows.dtype)
+        last, _ = ravel_pytree(nk.jax.tree_to_real(previous)[0])
+        before += momentum * last.astype(rows.dtype)
         residuals -= product(rows, before)
     metric = product(rows.T, rows) / len(samples)
     gradient = product(rows.T, residuals) / len(samples)
@@ -70,22 +69,4 @@ def parameter_step(
     damping = jnp.asarray(damping, rows.dtype)
     metric += damping * jnp.eye(point.size, dtype=rows.dtype)
     step, _ = semidefinite.solve(metric, gradient, rounding, damping)
-    return _whole(unravel((before + step).astype(point.dtype)), params)
-
-
-def _real_parts(tree: Any) -> list[jax.Array]:
-    """Returns the real numbers of a tree: those of a complex array along a new axis."""
-    return [
-        jnp.stack([leaf.real, leaf.imag]) if jnp.iscomplexobj(leaf) else leaf
-        for leaf in jax.tree.leaves(tree)
-    ]
-
-
-def _whole(parts: list[jax.Array], like: Any) -> Any:
-    """Returns the tree of the numbers: the inverse of ``_real_parts``."""
-    leaves, structure = jax.tree.flatten(like)
-    whole = [
-        jax.lax.complex(*part) if jnp.iscomplexobj(leaf) else part
-        for part, leaf in zip(parts, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(structure, whole)
+    return restore(unravel((before + step).astype(point.dtype)))
