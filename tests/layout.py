@@ -1,6 +1,7 @@
 """What the files import, and how long they are: read, not run."""
 
 import ast
+import functools
 import io
 import pathlib
 import tokenize
@@ -44,12 +45,17 @@ def imports(root: pathlib.Path) -> list[Import]:
     found = []
     for name, file in modules.items():
         package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-        for statement, in_function in _import_statements(ast.parse(file.read_text()), False):
+        for statement, in_function in _all_import_statements(file.read_text()):
             for target in _targets(statement, package):
                 while target.split(".")[0] in ("haiku_mlp", "compat") and target not in modules:
                     target = target.rpartition(".")[0]  # a name in a module
                 found.append(Import(name, target, in_function))
     return [found for found in dict.fromkeys(found) if found.imported != found.importer]
+
+
+@functools.cache
+def _all_import_statements(source: str) -> list[tuple[ast.Import | ast.ImportFrom, bool]]:
+    return list(_import_statements(ast.parse(source), in_function=False))
 
 
 def _import_statements(

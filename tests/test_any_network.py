@@ -295,7 +295,9 @@ def test_chunks(name, y):
     assert_close(jax.jit(chunked)(variables, X, y), whole, 1e-13)
 
 
-@pytest.mark.parametrize(("name", "is_single"), [("attention", True), ("scan", False)])
+@pytest.mark.parametrize(
+    ("name", "is_single"), cases.first({("scan", False)}, [("attention", True), ("scan", False)])
+)
 def test_blocks(name, is_single, monkeypatch):
     """What takes long is made of one block of samples with another once."""
     apply, variables = linen(name)

@@ -740,6 +740,8 @@ def initializer_arguments(model):
 SLOW_CLASSES = {"remat_scan", "map_variables", "vmap, split", "LogicallyPartitioned", "switch"}
 SLOW_CLASSES |= {"from outside, one", "from outside, names", "subclass: parameter after", "cond"}
 SLOW_CLASSES |= {"subclass: variable", "vmap, shared", "logical_to_mesh", "setup, another method"}
+SLOW_CLASSES |= {"jvp", "vjp", "while_loop", "fold_rngs", "a Flax output", "Sequential"}
+SLOW_CLASSES |= {"subclass: layer", "subclass: parameter before"}
 
 
 @pytest.mark.parametrize("name", cases.first(CLASSES.keys() - SLOW_CLASSES, CLASSES))

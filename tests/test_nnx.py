@@ -448,6 +448,7 @@ def test_scan_over_layers():
     np.testing.assert_allclose(y, x, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_an_ensemble_with_state_and_streams():
     @nnx.split_rngs(splits=3)
     @nnx.vmap
