@@ -9,6 +9,8 @@ from .mirror.names import HaikuTree, Names, Tree, flatten, unflatten, unknown
 
 _LAYER = re.compile(r"mlp/block/linear_\d+/[wb]?$")
 _DENSE = re.compile(r"Dense_\d+$")
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2
 
 
 def to_flax(
@@ -115,7 +117,7 @@ def to_haiku(
     if not isinstance(variables, Mapping) or not variables.keys() <= {"params", "state"}:
         raise ValueError(
             "variables must be {'params': ..., 'state': ...} and no more, got "
-            f"{reprlib.repr(variables)}"
+            f"{_SHORT.repr(variables)}"
         )
     if netket is None:
         netket = _has_netket_names(variables.get("params", {}), root)
@@ -172,7 +174,7 @@ def _check_haiku(collection: str, tree: Any) -> None:
     if not _is_nested(tree) or (tree.get("params") and _is_nested(tree["params"])):
         raise ValueError(
             f"{collection} must be {{module: {{name: value}}}}, as hk.transform's init returns it, "
-            f"got {reprlib.repr(tree)}: give to_flax(params), or to_flax(params, state); to_haiku "
+            f"got {_SHORT.repr(tree)}: give to_flax(params), or to_flax(params, state); to_haiku "
             "takes Flax variables"
         )
 
