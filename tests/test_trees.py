@@ -245,8 +245,8 @@ def test_errors_name_the_key(call, message):
 
 def test_an_error_of_a_large_tree_is_short():
     level = {f"layer_{i}": jnp.ones((9, 9)) for i in range(9)}
-    with pytest.raises(ValueError, match="no more, got {'intermediates'") as info:
-        compat.to_haiku(dict.fromkeys(["params", "intermediates"], {"net": {"block": level}}))
+    with pytest.raises(ValueError, match=r"no more, got {'intermediates'") as info:
+        compat.to_haiku({key: {"net": {"block": level}} for key in ["params", "intermediates"]})
     assert len(str(info.value)) < 200
 
 
