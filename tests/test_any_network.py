@@ -525,8 +525,22 @@ def test_plan_takes_the_cheaper_route():
 
     path = "['layers_0']['kernel']"
     assert plan(8) == (path, "jacobian", 3, 64)
-    assert plan(64)[:3] == (path, "gram", 3)
-    assert plan(64).cost < 64 * 64
+    pairs = 3 * 4 // 2
+    assert plan(64) == (path, "gram", 3, pairs * (64 + 64 + 32))
+
+
+def test_plan_counts_complex_products():
+    def plan(num_positions, params_dtype, inputs_dtype):
+        def function(params, x):
+            return jnp.tanh(x @ params).sum((1, 2)).real
+
+        x = jnp.zeros((2, num_positions, 8), inputs_dtype)
+        return haiku_mlp.kernel_plan(function, jnp.zeros((8, 5), params_dtype), x)[0][1:]
+
+    assert plan(1, float, float) == ("gram", 1, 5 + 8)
+    assert plan(1, complex, float) == ("gram", 1, 4 * (5 + 8))
+    assert plan(3, complex, float) == ("jacobian", 3, 2 * 5 * 8)
+    assert plan(1, float, complex) == ("jacobian", 2, 5 * 8)
 
 
 def test_plan_on_an_accelerator(monkeypatch):

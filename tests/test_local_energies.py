@@ -15,7 +15,7 @@ from netket.vqs.mc import kernels
 
 import compat
 from compat.netket import layers, local_energies
-from haiku_mlp.structure import Layer, at_configurations, forward
+from haiku_mlp.structure import Layer, at_configurations, changes, forward
 
 CHAIN = nk.graph.Chain(16)
 SPINS = nk.hilbert.Spin(0.5, 16)
@@ -117,6 +117,14 @@ class TestConfigurations:
         x, y = self.configurations(2, num_inputs, dtype)
         ours = jax.jit(functools.partial(at_configurations, network))(x, y)
         assert_close(ours, jax.jit(functools.partial(forward, network))(y), 1e-14)
+
+    @pytest.mark.parametrize("size", [5, 128, 129, 300])
+    def test_last_and_number_of_many(self, size):
+        rng = np.random.default_rng(0)
+        masks = rng.random((40, size)) < rng.choice([0, 1 / size, 0.5], (40, 1))
+        expected = [max(np.flatnonzero(mask) + 1, default=0) for mask in masks]
+        np.testing.assert_array_equal(changes.last(jnp.asarray(masks)), expected)
+        np.testing.assert_array_equal(changes.count(jnp.asarray(~masks)), (~masks).sum(-1))
 
     @pytest.mark.parametrize("shape", [(0, 7), (3, 0)])
     def test_none(self, shape):

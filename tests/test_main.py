@@ -156,6 +156,13 @@ def test_bad_arguments_get_one_line(arguments, words, tmp_path, monkeypatch, cap
     assert_refused(subprocess.CompletedProcess([], refusal.value.code, output, errors), *words)
 
 
+def test_the_bounds_are_taken(monkeypatch):
+    monkeypatch.setattr(command, "_is_installed", lambda name: True)
+    options = command._parse(["--steps", "1", "--seed", "0"])
+    assert (options.steps, options.seed) == (1, 0)
+    assert command._parse(["--steps", str(10**6), "--seed", str(2**32 - 1)]).seed == 2**32 - 1
+
+
 @pytest.mark.slow
 def test_refusal_as_a_program(run):
     assert_refused(run("--plot", "no/such/chart.png"), "--plot", "cannot write")

@@ -80,6 +80,14 @@ def test_formula_recovers_its_own_coefficients():
     assert fitted.coefficients == pytest.approx(known.coefficients, rel=1e-6)
 
 
+def test_doubly_magic_nuclides_have_no_valence_nucleons():
+    z, n = np.array([2, 8, 20, 20, 28, 50, 50, 82]), np.array([2, 8, 20, 28, 28, 50, 82, 126])
+    columns = features(z, n)
+    assert not np.any(columns["Z valence"])
+    assert not np.any(columns["N valence"])
+    assert np.all(features(z + 1, n + 1)["Z valence"] == 1)
+
+
 def test_features_of_lead_208_and_a_neighbour():
     values = features(np.array([82, 81]), np.array([126, 130]))
     assert [v.tolist() for name, v in values.items() if "parity" in name] == [[0, 1], [0, 0]]
