@@ -38,6 +38,16 @@ class Waves(nn.Module):
         return jax.tree.map(jnp.add, of_mlp, derivatives(envelope, x, weights=weights))
 
 
+class OfAGraph(nn.Module):
+    def laplacian(self, x):
+        """Something else of the same name."""
+        return 2 * x - jnp.roll(x, 1, -1) - jnp.roll(x, -1, -1)
+
+    @nn.compact
+    def __call__(self, x):
+        return compat.MLP(hidden_dims=(5,), hidden_activations=jnp.tanh)(self.laplacian(x))
+
+
 class EqualMasses(compat.MLP):
     def laplacian(self, x):
         return super().laplacian(x)
@@ -48,6 +58,8 @@ MODELS = {
     "mlp": compat.MLP(hidden_dims=(5, 3), hidden_activations=jnp.tanh),
     "waves": Waves(),
     "equal masses": EqualMasses(hidden_dims=(5,), hidden_activations=jnp.tanh),
+    "mixing": compat.MLP(hidden_dims=(5,), hidden_activations=jax.nn.softmax),
+    "of a graph": OfAGraph(),
     "netket": nk.models.MLP(hidden_dims=(5,), hidden_activations=jnp.tanh),
 }
 
@@ -75,7 +87,11 @@ def assert_same(state, ours, stock):
 
 
 @pytest.mark.parametrize(
-    ("name", "mass"), first({("waves", "unequal")}, itertools.product(MODELS, MASSES))
+    ("name", "mass"),
+    first(
+        {("waves", "unequal"), ("mixing", "equal"), ("of a graph", "equal")},
+        itertools.product(MODELS, MASSES),
+    ),
 )
 def test_equals_netkets(name, mass):
     operators = (of(SPACE, MASSES[mass]) for of in (KineticEnergy, nk.operator.KineticEnergy))

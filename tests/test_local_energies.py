@@ -245,6 +245,22 @@ class TestDispatch:
         assert nk.vqs.get_local_kernel(state, Mine(SPINS, CHAIN, h=1.0)) == "mine"
         assert is_ours(nk.vqs.get_local_kernel(state, ISING))
 
+    def test_a_method_without_chunks_is_asked_without(self):
+        @jax.tree_util.register_pytree_node_class
+        class Sevens(nk.operator.IsingJax):
+            pass
+
+        @nk.vqs.get_local_kernel.dispatch
+        def _(state: nk.vqs.MCState, operator: Sevens):
+            return nk.jax.HashablePartial(sevens)
+
+        def sevens(logpsi, variables, samples, operator):
+            return jnp.full(len(samples), 7.0)
+
+        operator = Sevens(SPINS, CHAIN, h=1.0)
+        for model in (compat.MLP(**MODELS["real"]), nk.models.RBM()):
+            assert jnp.all(local_energies.local_energies(state_of(model), operator) == 7)
+
     def test_the_packed_kernel_is_fallen_back_to_where_it_is_on(self):
         state = state_of(compat.MLP(**MODELS["half"]))
         nk.config.netket_experimental_packed_kernel = True

@@ -28,6 +28,8 @@ RULES = {
     "fock": (nk.hilbert.Fock(3, 6), rules.LocalRule()),
     "constrained": (ZERO, rules.LocalRule()),
     "exchange": (ZERO, EXCHANGE),
+    "exchange_from_behind": (ZERO, rules.ExchangeRule(clusters=[(i, i - 1) for i in range(6)])),
+    "exchange_of_three": (ZERO, rules.ExchangeRule(clusters=[(0, 1, 2), (1, -1, 3), (3, 4, 5)])),
     "weighted_exchange": (
         ZERO,
         rules.ExchangeRule(graph=CHAIN, d_max=2, probabilities=[0.7, 0.3]),
@@ -90,7 +92,7 @@ def assert_same_chain(sampler, model, **options):
     assert 0 < state.n_accepted < state.n_steps
 
 
-QUICK = {"exchange", "fock"}
+QUICK = {"exchange_from_behind", "fock"}
 
 
 @pytest.mark.parametrize("name", cases.first(QUICK, RULES))

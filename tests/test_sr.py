@@ -291,6 +291,12 @@ def test_a_state_of_another_kind():
         natural_gradient(state, HAMILTONIAN, 1e-3)
 
 
+def test_an_observable_that_is_no_operator():
+    variance = nk.observable.VarianceObservable(HAMILTONIAN)
+    with pytest.raises(TypeError, match="must be an operator, got a VarianceObservable"):
+        natural_gradient(state_of(compat.MLP()), variance, 1e-3)
+
+
 def test_stops_where_nothing_is_finite():
     model = compat.MLP(hidden_dims=(4,), param_dtype=complex)
 

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import netket as nk
 
+from haiku_mlp.structure import MixedEntriesError
+
 
 class KineticEnergy(nk.operator.KineticEnergy):
     r"""``netket.operator.KineticEnergy``; of a model that knows its Laplacian, in one pass.
@@ -18,7 +20,8 @@ class KineticEnergy(nk.operator.KineticEnergy):
     ``laplacian(x)``, which returns value, gradient ``(B, N)`` and Laplacian ``(B,)`` as
     :meth:`compat.MLP.laplacian` does, gives it by one forward pass.  For masses that differ
     the method is called as ``laplacian(x, weights=inverse_masses)``.  NetKet's own path runs,
-    with the same result, for models without the method or, there, without ``weights``.
+    with the same result, for models without the method or, there, without ``weights``, where it
+    returns something else, and for activations that mix entries.
 
     Args:
       hilbert: The Hilbert space, a continuous one.
@@ -62,7 +65,7 @@ class KineticEnergy(nk.operator.KineticEnergy):
         if _takes(logpsi, params, x, method=None):
             try:
                 return logpsi(params, x, method=self._local_values)
-            except _NoLaplacianError:
+            except (_NoLaplacianError, MixedEntriesError):
                 pass
         return super()._expect_kernel(logpsi, params, x)
 
@@ -72,13 +75,16 @@ class KineticEnergy(nk.operator.KineticEnergy):
         laplacian = getattr(model, "laplacian", None)
         if laplacian is None or not _takes(laplacian, x, **options):
             raise _NoLaplacianError
-        _, gradient, second = laplacian(x, **options)
+        found = jax.tree.leaves(laplacian(x, **options))
+        if [*map(jnp.shape, found)] != [x.shape[:1], x.shape, x.shape[:1]]:
+            raise _NoLaplacianError
+        _, gradient, second = found
         first = jnp.sum(jnp.atleast_2d(weights) * gradient**2, -1)
         return -0.5 * (first + (second if options else weights * second))
 
 
 class _NoLaplacianError(Exception):
-    """The model has no method ``laplacian`` that takes what is to be given."""
+    """The model has no method ``laplacian`` that takes and returns what it should."""
 
 
 def _takes(function: Callable, *args: Any, **kwargs: Any) -> bool:

@@ -105,7 +105,8 @@ def _exchanges(clusters: jax.Array, σ: jax.Array, keys: jax.Array) -> Proposals
     """
     num_clusters, (num_chains, num_sites) = len(clusters), σ.shape
     index = jnp.int16 if num_sites < 2**15 else jnp.int32
-    ends = tuple(clusters.astype(index).T)
+    sites = jnp.where(clusters < 0, clusters + num_sites, clusters)[:, :2]  # as an index, -1 too
+    ends = tuple(sites.astype(index).T)
     notes = tuple(σ[:, end] for end in ends)
 
     def propose(ends: Any, σ: jax.Array, notes: Any, draw: jax.Array) -> Move:

@@ -24,7 +24,8 @@ def structured(sampler: Any, *, screened: bool = False) -> Any:
     A proposal changes few sites, and so the first layer by few rows of its weights: the
     first layer is carried along within a sweep in place of being evaluated for each
     proposal.  Configurations, acceptance and random state are those of ``sampler`` from the
-    same seed; log-probabilities agree up to rounding.
+    same seed, after the ``reset`` that NetKet asks for (``MCState`` does it); log-probabilities
+    agree up to rounding.
 
     It gains for ``LocalRule``, ``ExchangeRule`` and ``FermionHopRule`` (and for
     ``MultipleRules``, ``TensorRule`` and ``HamiltonianRule`` up to 2 sites), in proportion to

@@ -177,6 +177,8 @@ def check_state(state: Any, hamiltonian: Any) -> None:
     """Raises a TypeError unless there is a step of this state for this operator."""
     if not isinstance(state, nk.vqs.MCState):
         raise TypeError(f"the state must be a netket.vqs.MCState, got a {type(state).__name__}")
+    if not isinstance(hamiltonian, nk.operator.AbstractOperator):
+        raise TypeError(f"the hamiltonian must be an operator, got a {type(hamiltonian).__name__}")
     if state.hilbert != hamiltonian.hilbert:
         raise TypeError(
             f"the state is of {state.hilbert}, the operator of {hamiltonian.hilbert}: give both "

@@ -5,7 +5,7 @@ from haiku_mlp.structure.connected import connected
 from haiku_mlp.structure.derivatives import Derivatives, derivatives
 from haiku_mlp.structure.first_layer import Features
 from haiku_mlp.structure.kernel_plan import KernelPlan, kernel_plan
-from haiku_mlp.structure.laplacian import laplacian
+from haiku_mlp.structure.laplacian import MixedEntriesError, laplacian
 from haiku_mlp.structure.layers import Layer, forward
 from haiku_mlp.structure.linearized import Linearized
 from haiku_mlp.structure.tangent_kernel import tangent_kernel
@@ -16,6 +16,7 @@ __all__ = [
     "KernelPlan",
     "Layer",
     "Linearized",
+    "MixedEntriesError",
     "at_configurations",
     "connected",
     "derivatives",

@@ -16,6 +16,10 @@ from haiku_mlp.structure.first_layer import Features, Inputs, first_layer
 from haiku_mlp.structure.layers import Layer, map_samples
 
 
+class MixedEntriesError(ValueError):
+    """An activation does not act on each number by itself."""
+
+
 def laplacian(
     layers: tuple[Layer, ...],
     x: jax.Array,
@@ -56,7 +60,7 @@ def laplacian(
 
     Raises:
       TypeError: ``x`` is complex.
-      ValueError: An activation mixes entries (softmax, a division by a norm).
+      MixedEntriesError: An activation mixes entries (softmax, a division by a norm).
 
     Example::
 
@@ -171,7 +175,7 @@ def _check_elementwise(phi: Activation, z: jax.Array) -> None:
     for function in (phi, functools.partial(_along, phi, one)):
         found = owners(function, z)
         if found.shape != own.shape or ((found != own) & (found != NONE)).any():
-            raise ValueError(
+            raise MixedEntriesError(
                 "laplacian needs activations that act on each number by itself, got one that "
                 f"mixes entries: {phi!r}"
             )
