@@ -141,6 +141,38 @@ class UsedUp(hk.Module):
         return x
 
 
+STATES = {
+    "a mapping, then none": lambda s: 1 + (s["a"] if isinstance(s, dict) else s),
+    "in turn": lambda s: s["a"] if isinstance(s, dict) else {"a": s + 1},
+    "more keys": lambda s: {**s, f"key {len(s)}": jnp.ones(())},
+    "fewer keys": lambda s: {key: s[key] + 1 for key in sorted(s)[1:]},
+    "longer": lambda s: [s] if isinstance(s, dict) else [*s, jnp.ones(())],
+}
+
+
+@pytest.mark.parametrize("changed", STATES.values(), ids=STATES)
+@pytest.mark.parametrize("is_root", [True, False])
+def test_state_that_changes_its_structure(changed, is_root):
+    class Changing(hk.Module):
+        def __call__(self):
+            start = {name: jnp.zeros(()) for name in "abcde"}
+            state = hk.get_state("s", (), init=lambda *_: start)
+            hk.set_state("s", changed(state))
+            return state
+
+    net = hk.transform_with_state(lambda: Changing()())
+    model = compat.wrap(Changing)() if is_root else compat.HaikuFunction(lambda: Changing()())
+    root = "changing" if is_root else None
+    variables = {"state": {}, **model.init(KEY)}
+    params, state = net.init(KEY)
+    for _ in range(4):
+        assert compat.to_haiku(variables, root=root) == (params, state)
+        expected, state = net.apply(params, state, None)
+        output, changed_variables = model.apply(variables, mutable=["state"])
+        assert_identical(output, expected)
+        variables = {**variables, **changed_variables}
+
+
 def test_flops_of_a_module_that_its_call_uses_up():
     def flops(function):
         model = compat.HaikuFunction(function)

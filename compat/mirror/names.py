@@ -103,7 +103,8 @@ def unflatten(names: Names, collection: str, tree: Mapping[str, Tree]) -> dict[s
 def flatten(names: Names, collection: str, tree: Tree) -> HaikuTree:
     """Returns the flat Haiku tree of a nested Flax tree: the inverse of ``unflatten``.
 
-    Leaves out what ``unflatten`` would have named otherwise: it is no value of Haiku's.
+    Leaves out what ``unflatten`` would have named otherwise: it is no value of Haiku's.  So is
+    None where the value is a mapping now, or was one.
     Only the cut of a module's name into levels is free, as in ``haiku.experimental.flax``,
     where ``~`` is a level.
     """
@@ -118,7 +119,8 @@ def flatten(names: Names, collection: str, tree: Tree) -> HaikuTree:
         for key, value in level.items():
             name = names.name(collection, module_name, key)
             named = names.key(collection, module_name, name, value, submodules)
-            if key == named and key not in submodules:
+            is_gone = value is None and f"{key}~" in level
+            if key == named and key not in submodules and not is_gone:
                 values[name] = value
         if values or "" in level or (path and not level):
             flat[module_name] = values
@@ -151,5 +153,5 @@ def _is_value(key: str, value: Any) -> bool:
 def _value_paths(tree: Tree) -> Iterator[str]:
     for path, level in _levels(tree):
         for key, value in level.items():
-            if _is_value(key, value):
+            if _is_value(key, value) and value is not None:
                 yield "/".join((*path, key))

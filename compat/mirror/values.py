@@ -82,15 +82,19 @@ class Values:
             if value is found.get(module_name, {}).get(name):
                 continue
             scope = self.scope(module_name)
-            key = self.names.key(collection, module_name, name, value)
-            is_level = isinstance(scope.get_variable(collection, key), Mapping)
-            key += "~" * (is_level and not key.endswith("~"))
-            if not scope.has_variable(collection, key):
-                _reserve(scope, key, collection)
-            elif overwrite:
-                value = meta.replace_boxed(scope.get_variable(collection, key), value)
-            else:
+            plain, key = (self.names.key(collection, module_name, name, v) for v in (None, value))
+            escaped = plain.removesuffix("~") + "~"
+            if plain != escaped and isinstance(scope.get_variable(collection, plain), Mapping):
+                plain = key = escaped  # that is a submodule
+            found_keys = [k for k in {plain, escaped} if scope.has_variable(collection, k)]
+            if found_keys and not overwrite:
                 continue
+            if key in found_keys:
+                value = _as_before(scope.get_variable(collection, key), value)
+            else:
+                _reserve(scope, key, collection)
+            for old in found_keys:
+                scope.put_variable(collection, old, None)  # Flax deletes none, and merges mappings
             scope.put_variable(collection, key, value)
 
     def _create_parameter(
@@ -163,6 +167,12 @@ def _in_scope(init: Call, scope: Scope) -> Call:
         return init
     keyed = init.init
     return lambda shape, dtype: keyed(scope.make_rng("params"), tuple(shape), dtype)
+
+
+def _as_before(old: Any, new: Any) -> Any:
+    """Returns a value in the boxes of the one before it, which may have had other parts."""
+    before: Any = jax.tree.structure(meta.unbox(old))
+    return meta.replace_boxed(old, new) if before == jax.tree.structure(new) else new
 
 
 def _get(scope: Scope, collection: str, name: str) -> Any:
