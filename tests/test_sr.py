@@ -291,6 +291,25 @@ def test_a_state_of_another_kind():
         natural_gradient(state, HAMILTONIAN, 1e-3)
 
 
+def test_settings_between_steps():
+    ours = [
+        MinSR(
+            HAMILTONIAN,
+            optax.sgd(0.1),
+            diag_shift=shift,
+            variational_state=state_of(compat.MLP(**MODELS["real"])),
+            momentum=momentum,
+        )
+        for shift, momentum in ((1.0, None), (1e-2, 0.8))
+    ]
+    ours[0].diag_shift, ours[0].momentum = 1e-2, 0.8
+    steps = [driver.compute_loss_and_update()[1] for driver in ours]
+    assert_same(*steps)
+    ours[0].mode = "both"
+    with pytest.raises(ValueError, match="real, complex, holomorphic or None"):
+        ours[0].compute_loss_and_update()
+
+
 def test_an_observable_that_is_no_operator():
     variance = nk.observable.VarianceObservable(HAMILTONIAN)
     with pytest.raises(TypeError, match="must be an operator, got a VarianceObservable"):

@@ -17,8 +17,10 @@ class MinSR(nk.driver.AbstractOptimizationDriver):
     """Energy minimisation: :func:`natural_gradient` as a NetKet driver.
 
     It takes the steps of ``netket.driver.VMC_SR``, and runs, logs and calls back as every
-    driver of NetKet.  A part of a natural step is not the natural step of that part: to freeze
-    layers by path, take ``netket.driver.VMC``.
+    driver of NetKet, but for ``AutoChunkSize``, which knows NetKet's own alone.  ``diag_shift``,
+    ``momentum``, ``mode`` and ``chunk_size`` may be set between steps.  A part of a natural
+    step is not the natural step of that part: to freeze layers by path, take
+    ``netket.driver.VMC``.
 
     Args:
       hamiltonian: The operator whose expectation value is minimised.
@@ -54,10 +56,10 @@ class MinSR(nk.driver.AbstractOptimizationDriver):
     """
 
     _hamiltonian: Any = struct.field(pytree_node=False, serialize=False)
-    _diag_shift: Any = struct.field(pytree_node=False, serialize=False)
-    _momentum: Any = struct.field(pytree_node=False, serialize=False)
-    _mode: str = struct.field(pytree_node=False, serialize=False)
-    _chunk_size: int | None = struct.field(pytree_node=False, serialize=False)
+    diag_shift: Any = struct.field(pytree_node=False, serialize=False)
+    momentum: Any = struct.field(pytree_node=False, serialize=False)
+    mode: str = struct.field(pytree_node=False, serialize=False)
+    chunk_size: int | None = struct.field(pytree_node=False, serialize=False)
     _stop_if_not_finite: bool = struct.field(pytree_node=False, serialize=False)
     _previous: Any = None
 
@@ -76,25 +78,25 @@ class MinSR(nk.driver.AbstractOptimizationDriver):
         check_state(variational_state, hamiltonian)
         super().__init__(variational_state, optimizer, minimized_quantity_name="Energy")
         self._hamiltonian = hamiltonian
-        self._diag_shift = diag_shift
-        self._momentum = momentum
-        self._mode = checked_mode(mode, variational_state)
-        self._chunk_size = chunk_size
+        self.diag_shift = diag_shift
+        self.momentum = momentum
+        self.mode = checked_mode(mode, variational_state)
+        self.chunk_size = chunk_size
         self._stop_if_not_finite = stop_if_not_finite
         if momentum is not None:  # now, so that a checkpoint fits a new driver
             self._previous = jax.tree.map(jnp.zeros_like, variational_state.parameters)
 
     def compute_loss_and_update(self) -> tuple[Any, Any]:
         """Returns the energy and the step, on the state's samples."""
-        momentum = None if self._momentum is None else self._at_this_step(self._momentum)
+        momentum = None if self.momentum is None else self._at_this_step(self.momentum)
         self._loss_stats, self._dp = natural_gradient(
             self.state,
             self._hamiltonian,
-            self._at_this_step(self._diag_shift),
-            mode=self._mode,
+            self._at_this_step(self.diag_shift),
+            mode=self.mode,
             momentum=0.0 if momentum is None else momentum,
             previous=self._previous,
-            chunk_size=self._chunk_size,
+            chunk_size=self.chunk_size,
         )
         if self._stop_if_not_finite:
             self._check_finite()
