@@ -10,6 +10,7 @@ import netket as nk
 import numpy as np
 import pytest
 from comparison import assert_close, assert_identical
+from flax import errors
 from flax import linen as nn
 
 import compat
@@ -146,6 +147,7 @@ STATES = {
     "in turn": lambda s: s["a"] if isinstance(s, dict) else {"a": s + 1},
     "more keys": lambda s: {**s, f"key {len(s)}": jnp.ones(())},
     "fewer keys": lambda s: {key: s[key] + 1 for key in sorted(s)[1:]},
+    "None": lambda s: None if isinstance(s, dict) else {"a": jnp.ones(())},
     "longer": lambda s: [s] if isinstance(s, dict) else [*s, jnp.ones(())],
 }
 
@@ -171,6 +173,29 @@ def test_state_that_changes_its_structure(changed, is_root):
         output, changed_variables = model.apply(variables, mutable=["state"])
         assert_identical(output, expected)
         variables = {**variables, **changed_variables}
+
+
+def test_a_none_that_is_no_value_is_refused():
+    for level in ({"w~": None}, {"w~": None, "w": {"b": 1}, "b~": None}):
+        with pytest.raises(ValueError, match=r"unknown key '.*~'"):
+            compat.to_haiku({"params": {"net": level}})
+
+
+def test_a_module_called_params():
+    """Flax takes it for the collection, in its own models too."""
+
+    class Params(hk.Module):
+        def __call__(self, x):
+            return hk.Linear(2, name="params")(x)
+
+    class Native(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2, name="params")(x)
+
+    for model in (compat.wrap(Params)(), Native()):
+        with pytest.raises(errors.ApplyScopeInvalidVariablesStructureError):
+            model.apply(model.init(KEY, X), X)
 
 
 def test_flops_of_a_module_that_its_call_uses_up():

@@ -119,8 +119,7 @@ def flatten(names: Names, collection: str, tree: Tree) -> HaikuTree:
         for key, value in level.items():
             name = names.name(collection, module_name, key)
             named = names.key(collection, module_name, name, value, submodules)
-            is_gone = value is None and f"{key}~" in level
-            if key == named and key not in submodules and not is_gone:
+            if key == named and key not in submodules and not _is_gone(key, level):
                 values[name] = value
         if values or "" in level or (path and not level):
             flat[module_name] = values
@@ -150,8 +149,18 @@ def _is_value(key: str, value: Any) -> bool:
     return not isinstance(value, Mapping) or is_escaped
 
 
+def _is_gone(key: str, level: Tree) -> bool:
+    """Returns whether None stands there since the value has its other name, with or without ~."""
+    plain = key.removesuffix("~")
+    if level[key] is not None:
+        return False
+    if key == plain:
+        return level.get(f"{key}~") is not None
+    return plain in level and not isinstance(level[plain], Mapping)
+
+
 def _value_paths(tree: Tree) -> Iterator[str]:
     for path, level in _levels(tree):
         for key, value in level.items():
-            if _is_value(key, value) and value is not None:
+            if _is_value(key, value) and not _is_gone(key, level):
                 yield "/".join((*path, key))
