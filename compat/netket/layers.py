@@ -40,6 +40,11 @@ def bits(network: tuple[Layer, ...], x: jax.Array) -> int:
     return jnp.finfo(dtype).bits if jnp.issubdtype(dtype, jnp.inexact) else 0
 
 
+def is_cpu() -> bool:
+    """Returns whether arithmetic takes the time; an accelerator waits for its next order."""
+    return jax.default_backend() == "cpu"
+
+
 @functools.lru_cache
 def _is_function(activation: Any, dtype: Any) -> bool:
     """Returns whether the activation runs outside of any module."""

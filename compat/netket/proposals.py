@@ -11,6 +11,8 @@ from netket.sampler.rules.hamiltonian import HamiltonianRuleJax
 
 from haiku_mlp.structure import changes
 
+from .layers import is_cpu
+
 # Spaces of which it is known how NetKet flips one of their sites.
 _SPACES = (nk.hilbert.Spin, nk.hilbert.Qubit, nk.hilbert.Fock, nk.hilbert.SpinOrbitalFermions)
 _EXCHANGES = (rules.ExchangeRule, rules.FermionHopRule)
@@ -57,14 +59,17 @@ class Proposals(NamedTuple):
 def proposals(sampler: Any, machine: Any, variables: Any, state: Any, keys: jax.Array) -> Any:
     """Returns the :class:`Proposals` of a sweep from its keys ``(sweep,)``.
 
-    None for a rule of which it is not known that it changes few sites.
+    None for a rule of which it is not known that it changes few sites, and on an accelerator,
+    to which a first layer costs nothing, for all but exchanges.
     """
     rule, is_known_space = sampler.rule, type(sampler.hilbert) in _SPACES
-    if type(rule) is rules.LocalRule and is_known_space and sampler.hilbert.local_size > 1:
-        return _flips(sampler.hilbert, state.σ, keys)
     is_integer = jnp.issubdtype(state.σ.dtype, jnp.integer)
     if type(rule) in _EXCHANGES and rule.probabilities is None and is_integer:
         return _exchanges(rule.clusters, state.σ, keys)
+    if not is_cpu():
+        return None
+    if type(rule) is rules.LocalRule and is_known_space and sampler.hilbert.local_size > 1:
+        return _flips(sampler.hilbert, state.σ, keys)
     max_changes = _max_changes(rule)
     if max_changes is None:
         return None

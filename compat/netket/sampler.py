@@ -11,7 +11,7 @@ from netket.utils import struct
 
 from haiku_mlp.structure import Layer, changes, forward
 
-from .layers import bits, layers
+from .layers import bits, is_cpu, layers
 from .proposals import Move, Proposals, proposals
 
 # How many times the error at the start of a sweep is in doubt.
@@ -106,7 +106,9 @@ class StructuredMetropolis(nk.sampler.MetropolisSampler):
         num_chains = len(state.σ)
         draw = jax.vmap(lambda key: jax.random.uniform(key, (num_chains,)), out_axes=1)
         # Chains never meet: each device sweeps its own without a word to the others.
-        run = _sweep(network, moves, screened=self.screened or bits(network, state.σ) == 32)
+        # A condition makes an accelerator wait for its host.
+        is_screened = (self.screened and is_cpu()) or bits(network, state.σ) == 32
+        run = _sweep(network, moves, screened=is_screened)
         if moves.by_chain:
             run = sharding_decorator(run, (False,) * 3 + (True,) * 6, (False,) * 3)
         σ, log_prob, num_accepted = run(
