@@ -233,6 +233,15 @@ class TestDispatch:
         )
         assert not is_ours(nk.vqs.get_local_kernel(mixed, operator))
 
+    @pytest.mark.parametrize(("backend", "is_structured"), [("cpu", True), ("gpu", False)])
+    def test_an_accelerator_keeps_netkets(self, monkeypatch, backend, is_structured):
+        state = state_of(compat.MLP(**MODELS["real"]))
+        samples = state.samples.reshape(-1, 16)
+        monkeypatch.setattr(jax, "default_backend", lambda: backend)
+        kernel = nk.vqs.get_local_kernel(state, ISING)
+        program = jax.make_jaxpr(lambda x: kernel(state._apply_fun, state.variables, x, ISING))
+        assert ("while" in str(program(samples))) == is_structured
+
     def test_methods_for_an_operator_go_first(self):
         class Mine(nk.operator.IsingJax):
             pass

@@ -173,6 +173,27 @@ def test_no_product_with_the_first_layer_inside_the_sweep():
     assert text.count("dot_general") == 2
 
 
+@pytest.mark.parametrize(
+    ("rule", "width", "gains"),
+    [("local", 5, False), ("local", 2**21, True), ("hamiltonian", 5, False), ("exchange", 5, True)],
+)
+def test_on_an_accelerator(monkeypatch, rule, width, gains):
+    """Exchanges gain, and layers whose products take time; no condition waits for the host."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    stock = nk.sampler.MetropolisSampler(*RULES[rule], n_chains=4)
+    model = compat.MLP(hidden_dims=(width,))
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 6)))
+    state = jax.eval_shape(lambda: stock.init_state(model, variables, seed=1))
+
+    def program(sampler):
+        next_state = jax.make_jaxpr(lambda v, s: sampler.sample_next(model, v, s))
+        return next_state(variables, state)
+
+    texts = [str(program(s)) for s in (stock, structured(stock), structured(stock, screened=True))]
+    assert texts[1] == texts[2]
+    assert (texts[0] != texts[1]) == gains
+
+
 def test_samplers_that_are_not_metropolis_come_back():
     exact = nk.sampler.ExactSampler(SPINS)
     assert structured(exact) is exact

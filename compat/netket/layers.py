@@ -41,7 +41,7 @@ def bits(network: tuple[Layer, ...], x: jax.Array) -> int:
 
 
 def is_cpu() -> bool:
-    """Returns whether arithmetic takes the time; an accelerator waits for its next order."""
+    """Returns whether it is arithmetic that takes the time, and not the start of each operation."""
     return jax.default_backend() == "cpu"
 
 

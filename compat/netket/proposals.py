@@ -11,11 +11,9 @@ from netket.sampler.rules.hamiltonian import HamiltonianRuleJax
 
 from haiku_mlp.structure import changes
 
-from .layers import is_cpu
-
 # Spaces of which it is known how NetKet flips one of their sites.
 _SPACES = (nk.hilbert.Spin, nk.hilbert.Qubit, nk.hilbert.Fock, nk.hilbert.SpinOrbitalFermions)
-_EXCHANGES = (rules.ExchangeRule, rules.FermionHopRule)
+EXCHANGES = (rules.ExchangeRule, rules.FermionHopRule)
 
 
 class Move(NamedTuple):
@@ -59,17 +57,14 @@ class Proposals(NamedTuple):
 def proposals(sampler: Any, machine: Any, variables: Any, state: Any, keys: jax.Array) -> Any:
     """Returns the :class:`Proposals` of a sweep from its keys ``(sweep,)``.
 
-    None for a rule of which it is not known that it changes few sites, and on an accelerator,
-    to which a first layer costs nothing, for all but exchanges.
+    None for a rule of which it is not known that it changes few sites.
     """
     rule, is_known_space = sampler.rule, type(sampler.hilbert) in _SPACES
-    is_integer = jnp.issubdtype(state.σ.dtype, jnp.integer)
-    if type(rule) in _EXCHANGES and rule.probabilities is None and is_integer:
-        return _exchanges(rule.clusters, state.σ, keys)
-    if not is_cpu():
-        return None
     if type(rule) is rules.LocalRule and is_known_space and sampler.hilbert.local_size > 1:
         return _flips(sampler.hilbert, state.σ, keys)
+    is_integer = jnp.issubdtype(state.σ.dtype, jnp.integer)
+    if type(rule) in EXCHANGES and rule.probabilities is None and is_integer:
+        return _exchanges(rule.clusters, state.σ, keys)
     max_changes = _max_changes(rule)
     if max_changes is None:
         return None
@@ -173,7 +168,7 @@ def _max_changes(rule: Any) -> int | None:
     """Returns in how many sites a proposal differs, as a rule; None: not known, or many."""
     if type(rule) in (rules.FixedRule, rules.LocalRule):
         return 1
-    if type(rule) in (*_EXCHANGES, HamiltonianRuleJax):
+    if type(rule) in (*EXCHANGES, HamiltonianRuleJax):
         return 2
     if type(rule) in (rules.MultipleRules, rules.TensorRule):
         members = [_max_changes(member) for member in rule.rules]

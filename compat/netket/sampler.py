@@ -12,10 +12,12 @@ from netket.utils import struct
 from haiku_mlp.structure import Layer, changes, forward
 
 from .layers import bits, is_cpu, layers
-from .proposals import Move, Proposals, proposals
+from .proposals import EXCHANGES, Move, Proposals, proposals
 
 # How many times the error at the start of a sweep is in doubt.
 _MARGIN = 16
+# From so many multiplications of a proposal on, the first layer takes an accelerator time.
+_ACCELERATED = 2**25
 
 
 def structured(sampler: Any, *, screened: bool = False) -> Any:
@@ -30,8 +32,8 @@ def structured(sampler: Any, *, screened: bool = False) -> Any:
     It gains for ``LocalRule``, ``ExchangeRule`` and ``FermionHopRule`` (and for
     ``MultipleRules``, ``TensorRule`` and ``HamiltonianRule`` up to 2 sites), in proportion to
     the first layer's share of the network.  NetKet's own path runs, with the same result,
-    for other rules and models, for activations that own parameters, 16-bit models, and a
-    sampler with a ``chunk_size``.
+    for other rules and models, for activations that own parameters, 16-bit models, a
+    sampler with a ``chunk_size``, and on accelerators, but for exchanges and large first layers.
 
     Decisions in 32 bits differ where rounding decides.  A model of 32 bits is therefore
     decided again by the full network wherever the logarithm of the acceptance is closer to
@@ -42,8 +44,8 @@ def structured(sampler: Any, *, screened: bool = False) -> Any:
         One that is no plain ``MetropolisSampler`` (tempering, exact samplers) is returned
         as it is.
       screened: Whether to decide a model of 64 bits in 32 bits first, and in doubt, by the
-        same measure, in 64 bits.  The margin is a heuristic: the chain was NetKet's in all
-        tests, but no bound is proved.
+        same measure, in 64 bits; on a CPU alone.  The margin is a heuristic: the chain was
+        NetKet's in all tests, but no bound is proved.
 
     Raises:
       TypeError: ``sampler`` is no sampler.
@@ -97,11 +99,11 @@ class StructuredMetropolis(nk.sampler.MetropolisSampler):
     # NetKet asks subclasses to override this and not sample_next.
     def _sample_next(self, machine: Any, parameters: Any, state: Any) -> Any:
         network = layers(machine, parameters)
+        if network is None or not self._gains(network, state.σ):
+            return super()._sample_next(machine, parameters, state)
         rng, move_keys, uniform_keys = _keys(state.rng, self.sweep_size)
-        moves = None
-        if network is not None and self._gains(network, state.σ):
-            moves = proposals(self, machine, parameters, state, move_keys)
-        if network is None or moves is None:
+        moves = proposals(self, machine, parameters, state, move_keys)
+        if moves is None:
             return super()._sample_next(machine, parameters, state)
         num_chains = len(state.σ)
         draw = jax.vmap(lambda key: jax.random.uniform(key, (num_chains,)), out_axes=1)
@@ -133,7 +135,10 @@ class StructuredMetropolis(nk.sampler.MetropolisSampler):
 
     def _gains(self, network: tuple[Layer, ...], σ: jax.Array) -> bool:
         # One layer has nothing to save.
-        return len(network) > 1 and self.chunk_size is None and bits(network, σ) >= 32
+        if len(network) == 1 or self.chunk_size is not None or bits(network, σ) < 32:
+            return False
+        is_large = len(σ) * network[0].w.size >= _ACCELERATED
+        return is_cpu() or is_large or type(self.rule) in EXCHANGES
 
 
 def _keys(rng: jax.Array, sweep_size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
