@@ -30,7 +30,7 @@ jax.config.update(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 # The fuzz tests try the same models each time, more of them in CI, or new ones.
-for name, number in {"few": 10, "many": 150, "new": 1000}.items():
+for name, number in {"few": 6, "many": 150, "new": 1000}.items():
     settings.register_profile(
         name,
         max_examples=number,

@@ -87,6 +87,7 @@ def test_documented_perturbations(documented_keys):
     assert_identical(jax.grad(of_perturbations)(variables["perturbations"]), grads)
 
 
+@pytest.mark.slow
 def test_documented_table(documented_keys):
     x = jnp.ones((16, 9), "float32")
     ours = compat.wrap(type("Foo", (PlainFoo,), {}))(4, 2)

@@ -40,6 +40,7 @@ def assert_refused(process, *words):
         assert word in line
 
 
+@pytest.mark.slow
 def test_faces_agree_and_a_difference_is_seen():
     faces = command._faces("both", (8,))
     inputs = jnp.linspace(-1, 1, 36, dtype=jnp.float32).reshape(3, 12)
@@ -125,6 +126,7 @@ def test_a_reader_that_leaves():
     process.stderr.close()
 
 
+@pytest.mark.slow
 def test_the_watch_on_imports_can_fail(run, tmp_path):
     (tmp_path / "planted.py").write_text("import flax.linen")
     planted = WATCH_IMPORTS + "import runpy; runpy.run_path('planted.py', run_name='haiku_mlp.x')\n"

@@ -109,6 +109,7 @@ class TestMinSR:
         assert dtype(kernel, np.ones(3, np.complex64), 0.1) == jnp.complex64
         assert min_sr(kernel, np.ones(3, np.float32), 0.1).dtype == jnp.float32
 
+    @pytest.mark.slow
     def test_differentiable(self):
         jacobian, residuals = normal(7, 10), normal(7)
 
@@ -156,6 +157,7 @@ class TestMinSR:
         with pytest.raises(ValueError, match="kernel is not Hermitian"):
             min_sr(rotation, np.ones(2), 0.1)
 
+    @pytest.mark.slow
     def test_indefinite_kernel(self):
         # Under jit the negative eigenvalue is left out.
         vectors = np.linalg.qr(normal(4, 4))[0]

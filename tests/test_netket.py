@@ -85,10 +85,8 @@ def test_driver_of_sr():
     assert_identical(*seen)
 
 
-@pytest.mark.parametrize(
-    "qgt",
-    cases.first({"QGTOnTheFly"}, ["QGTJacobianDense", "QGTJacobianPyTree", "QGTOnTheFly"]),
-)
+@pytest.mark.parametrize("qgt", ["QGTJacobianDense", "QGTJacobianPyTree", "QGTOnTheFly"])
+@pytest.mark.slow
 def test_metric(qgt):
     seen = []
     for mlp in MODELS:

@@ -422,6 +422,7 @@ def test_grad_and_value_and_grad():
             assert_identical(block[name], {"kernel": leaves["w"], "bias": leaves["b"]})
 
 
+@pytest.mark.slow
 def test_vmap_ensemble():
     keys = jax.random.split(KEY, 3)
     models = nnx.vmap(lambda key: make_mlp(key))(keys)
@@ -462,6 +463,7 @@ def test_an_ensemble_with_state_and_streams():
     assert models.rngs.count[...].tolist() == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_other_transformations():
     model = make_net()
     expected = make_net()(X)
@@ -490,7 +492,8 @@ def test_a_deterministic_model_may_be_closed_over():
     assert closed.rngs.count[...] == 0
 
 
-@pytest.mark.parametrize("name", cases.first({"wrap"}, MAKERS))
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.slow
 def test_no_tracer_leaks(name, check_leaks):
     make = MAKERS[name]
     nnx.jit(lambda model, x: model(x))(make(), X)

@@ -3,6 +3,7 @@
 import haiku as hk
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import test_nnx
 from flax import nnx
 
@@ -33,6 +34,7 @@ def test_view():
     assert not nnx.view(view, deterministic=False).deterministic
 
 
+@pytest.mark.slow
 def test_tabulate_flops():
     x = X.astype(np.float32)
     native = test_nnx.table_of(

@@ -121,8 +121,9 @@ GRADIENTS = {
 }
 
 
-@pytest.mark.parametrize("face", cases.first({"haiku"}, FACES))
-@pytest.mark.parametrize("name", cases.first({"tanh"}, GRADIENTS))
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("name", GRADIENTS)
+@pytest.mark.slow
 def test_gradients(face, name):
     """First and second order, forward and reverse, by the weights and by the inputs."""
     weights, apply = FACES[face](**{"hidden_dims": (3, 2), **GRADIENTS[name]})

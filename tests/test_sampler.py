@@ -145,7 +145,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", cases.first({"float32", "power"}, OPTIONS))
+@pytest.mark.parametrize("name", cases.first({"float32"}, OPTIONS))
 def test_options_of_the_sampler(name):
     sampler = nk.sampler.MetropolisLocal(SPINS, n_chains=4, **OPTIONS[name])
     assert_same_chain(sampler, compat.MLP(**MODELS["real"]))

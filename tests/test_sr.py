@@ -181,7 +181,7 @@ def test_when_parameters_are_few():
 @pytest.mark.parametrize(
     ("name", "momentum", "n_samples"),
     cases.first(
-        {("real", 0.8, 48), ("real", 0.8, 200)},
+        {("real", 0.8, 48)},
         [("real", 0.8, 48), ("real", 0.8, 200), ("not_holomorphic", None, 48)],
     ),
 )
@@ -266,6 +266,7 @@ def test_single_precision_model_with_a_momentum_in_double():
     assert dtypes[0] == dtypes[1]
 
 
+@pytest.mark.slow
 def test_single_precision_where_derivatives_hardly_vary():
     """The mean goes before the products, though the local energies are in 64 bits."""
 

@@ -244,6 +244,7 @@ class TestTangentKernel:
         assert kernel.dtype == dtype
         assert_close(kernel, expected.astype(dtype), 1e-5)
 
+    @pytest.mark.slow
     def test_single_precision_parameters_with_double_inputs(self):
         fields = {"hidden_dims": (8, 5), "param_dtype": jnp.float32}
         x = normal(5, 4)
@@ -252,7 +253,8 @@ class TestTangentKernel:
         _, expected = kernels(fields, jax.tree.map(lambda a: a.astype(float), params), x)
         assert_close(kernel, expected, 1e-12)
 
-    @pytest.mark.parametrize("chunk_size", cases.first({2}, [None, 2]))
+    @pytest.mark.parametrize("chunk_size", [None, 2])
+    @pytest.mark.slow
     def test_gradient_by_parameters(self, chunk_size):
         fields, x = {"hidden_dims": (8, 5), "hidden_activations": jnp.tanh}, normal(5, 4)
         params, weights = random_params(fields, x), normal(5, 5, seed=1)
@@ -510,6 +512,7 @@ class TestConnected:
         outputs = connected(x, jnp.array([[1, 2], [1, 0]]), values[:2])
         np.testing.assert_array_equal(np.isnan(outputs).all(-1), [False, True])
 
+    @pytest.mark.slow
     def test_site_out_of_range_of_integers(self):
         layers = (structure.Layer(w=jnp.arange(8).reshape(4, 2)),)
         x = jnp.array([1, -1, 1, 1], jnp.int8)
@@ -595,6 +598,7 @@ class TestLaplacian:
         for ours, theirs in zip(found, expected, strict=True):
             assert_close(ours, theirs, 1e-10)
 
+    @pytest.mark.slow
     def test_harmonic_oscillator(self):
         # log psi = -x**2 / 2 has the local energy of the ground state, N / 2, everywhere.
         layers = (structure.Layer(w=jnp.eye(3), activation=lambda z: -(z**2) / 2),
@@ -604,9 +608,8 @@ class TestLaplacian:
         kinetic = -(found.laplacian[:, 0] + jnp.sum(found.gradient[:, 0] ** 2, -1)) / 2
         assert_close(kinetic + jnp.sum(x**2, -1) / 2, jnp.full(5, 1.5), 1e-14)
 
-    @pytest.mark.parametrize(
-        "name", cases.first({"real_to_complex"}, ["three_layers", "real_to_complex"])
-    )
+    @pytest.mark.parametrize("name", ["three_layers", "real_to_complex"])
+    @pytest.mark.slow
     def test_gradient_by_parameters(self, name):
         fields, x = NETWORKS[name], normal(3, 4)
 
@@ -689,7 +692,8 @@ def flax_names(layer):
     return {{"w": "kernel", "b": "bias"}[name]: value for name, value in layer.items()}
 
 
-@pytest.mark.parametrize("method", cases.first({"laplacian"}, METHODS))
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_leaks_no_tracer(method, check_leaks):
     fields, x = {"hidden_dims": (3,), "hidden_activations": jnp.tanh}, normal(2, 2)
     args = arguments(method, x)

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import first
 
 import compat
 import haiku_mlp
@@ -63,7 +62,8 @@ def wrapped(number):
     return variables, model.apply(variables, X, rngs=rngs, mutable=["state"])
 
 
-@pytest.mark.parametrize("work", first([wrapped], [flax_mlp, haiku_mlp_net, wrapped]))
+@pytest.mark.parametrize("work", [flax_mlp, haiku_mlp_net, wrapped])
+@pytest.mark.slow
 def test_threads_give_the_sequential_results(often_switching, work):
     expected = [work(number) for number in range(MODELS)]
     start = threading.Barrier(THREADS)

@@ -80,6 +80,7 @@ def test_class():
     assert "init" not in vars(WrappedLayers)
 
 
+@pytest.mark.slow
 def test_cloudpickle_in_another_process(run_fresh, tmp_path):
     path = tmp_path / "model"
     path.write_bytes(cloudpickle.dumps(compat.wrap(hk.Linear)(3)))
@@ -773,6 +774,7 @@ def slices(tree):
     return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(2)]
 
 
+@pytest.mark.slow
 def test_vmap():
     """Each slice is a model of its own."""
     axes = {"params": 0, "state": 0}
