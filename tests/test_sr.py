@@ -15,6 +15,7 @@ from flax import linen as nn
 from flax import nnx
 
 import compat
+import haiku_mlp
 from compat.netket import MinSR, few_parameters, min_sr, natural_gradient
 from compat.netket.local_energies import local_energies
 
@@ -170,6 +171,28 @@ def test_step_of_few_parameters(model, mode, monkeypatch):
     monkeypatch.setattr(parts, "are_few", lambda *_: False)
     _, by_kernel = natural_gradient(state, HAMILTONIAN, 1e-3, mode=mode, chunk_size=400)
     assert_same(step, by_kernel)
+
+
+def test_chunks_are_those_of_the_state(monkeypatch):
+    """But for the MLP, of which no derivatives are formed."""
+    chunks, own = [], haiku_mlp.tangent_kernel
+
+    def kernel(*args, chunk_size, **options):
+        chunks.append(chunk_size)
+        return own(*args, chunk_size=chunk_size, **options)
+
+    monkeypatch.setattr(haiku_mlp, "tangent_kernel", kernel)
+    steps = []
+    for chunk_size, own_size in ((None, None), (8, None), (8, 16)):
+        state = state_of(nk.models.RBM(alpha=3))
+        state.chunk_size = chunk_size
+        steps.append(natural_gradient(state, HAMILTONIAN, 1e-2, chunk_size=own_size)[1])
+    assert chunks == [None, 8, 16]
+    assert_close(steps[1:], [steps[0]] * 2, 1e-10)
+    state = state_of(compat.MLP(**MODELS["real"]))
+    state.chunk_size = 8
+    natural_gradient(state, HAMILTONIAN, 1e-2)
+    assert len(chunks) == 3
 
 
 def test_when_parameters_are_few():

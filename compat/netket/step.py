@@ -53,8 +53,9 @@ def natural_gradient(
         holomorphic function of complex parameters.  None: complex if the output is.
       momentum: :math:`\mu` of SPRING, see :func:`haiku_mlp.natural_gradient`.
       previous: The step before this one, for SPRING.
-      chunk_size: Samples whose derivatives are formed, and rows of the kernel, at a time;
-        None: all.
+      chunk_size: Samples whose derivatives are formed, and rows of the kernel, at a time.
+        None: ``state.chunk_size``, or all; for a real ``compat.MLP``, of which no derivatives
+        are formed, all.
 
     Returns:
       The energy, a ``netket.stats.Stats``, and the step to be subtracted, a tree like
@@ -82,9 +83,10 @@ def natural_gradient(
     check_state(state, hamiltonian)
     mode = checked_mode(mode, state)
     energies = local_energies(state, hamiltonian)
+    is_whole = chunk_size is None and type(state.model) is MLP
     step = _step(
         _log_psi(state),
-        state.model if type(state.model) is MLP else None,
+        state.model if is_whole else None,
         state.parameters,
         state.model_state,
         state.samples.reshape(-1, state.hilbert.size),
@@ -93,7 +95,7 @@ def natural_gradient(
         momentum,
         previous,
         mode=mode,
-        chunk_size=chunk_size,
+        chunk_size=state.chunk_size if chunk_size is None else chunk_size,
     )
     return nk.stats.statistics(energies), step
 
@@ -145,7 +147,7 @@ def _step(
             outputs, params, samples, residuals, diag_shift, chunk_size=chunk_size, **options
         )
     function: Callable[[Any], jax.Array]
-    if chunk_size is None and _is_linearized(network(params), samples, mode):
+    if _is_linearized(network(params), samples, mode):
         linearized = Linearized(network(params), samples)
         function, kernel = (
             (lambda params: linearized(network(params))),
