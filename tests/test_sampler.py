@@ -173,6 +173,33 @@ def test_no_product_with_the_first_layer_inside_the_sweep():
     assert text.count("dot_general") == 2
 
 
+def programs(stock, model):
+    """Returns those of a step of NetKet's sampler, of ours, and of ours screened."""
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, stock.hilbert.size)))
+    state = jax.eval_shape(lambda: stock.init_state(model, variables, seed=1))
+    samplers = stock, structured(stock), structured(stock, screened=True)
+    steps = [lambda v, s, sampler=sampler: sampler.sample_next(model, v, s) for sampler in samplers]
+    return [str(jax.make_jaxpr(step)(variables, state)) for step in steps]
+
+
+@pytest.mark.parametrize("name", cases.first({"local", "exchange", "many_changes"}, RULES))
+def test_the_first_layer_is_carried_along_for_each_rule(name):
+    stock, ours, screened = programs(
+        nk.sampler.MetropolisSampler(*RULES[name], n_chains=4), compat.MLP(**MODELS["real"])
+    )
+    assert len({stock, ours, screened}) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "gains"), [("single", True), ("linear", False), ("half", False), ("trainable", False)]
+)
+def test_models_that_gain(name, gains):
+    stock, ours, _ = programs(
+        nk.sampler.MetropolisLocal(SPINS, n_chains=4), compat.MLP(**MODELS[name])
+    )
+    assert (ours != stock) == gains
+
+
 @pytest.mark.parametrize(
     ("rule", "width", "gains"),
     [("local", 5, False), ("local", 2**21, True), ("hamiltonian", 5, False), ("exchange", 5, True)],
@@ -180,18 +207,11 @@ def test_no_product_with_the_first_layer_inside_the_sweep():
 def test_on_an_accelerator(monkeypatch, rule, width, gains):
     """Exchanges gain, and layers whose products take time; no condition waits for the host."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    stock = nk.sampler.MetropolisSampler(*RULES[rule], n_chains=4)
-    model = compat.MLP(hidden_dims=(width,))
-    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 6)))
-    state = jax.eval_shape(lambda: stock.init_state(model, variables, seed=1))
-
-    def program(sampler):
-        next_state = jax.make_jaxpr(lambda v, s: sampler.sample_next(model, v, s))
-        return next_state(variables, state)
-
-    texts = [str(program(s)) for s in (stock, structured(stock), structured(stock, screened=True))]
-    assert texts[1] == texts[2]
-    assert (texts[0] != texts[1]) == gains
+    stock, ours, screened = programs(
+        nk.sampler.MetropolisSampler(*RULES[rule], n_chains=4), compat.MLP(hidden_dims=(width,))
+    )
+    assert ours == screened
+    assert (ours != stock) == gains
 
 
 def test_samplers_that_are_not_metropolis_come_back():
