@@ -944,6 +944,6 @@ def test_calls_to_trace(num_layers):
 @pytest.mark.slow
 @pytest.mark.parametrize("num_layers", DEPTHS)
 def test_time_to_trace(num_layers):
-    median = median_times(tracing(num_layers), turns=21)
+    median = median_times(tracing(num_layers), turns=11)
     assert median["ours"] <= 1.1 * median["theirs"], median
     assert median["haiku"] <= 0.55 * median["theirs"], median

@@ -107,7 +107,7 @@ MODULES = {
     "MultiHeadAttention": Case(_attention, (8, 3, 2)),
     "RMSNorm": Case(lambda x: hk.RMSNorm(1)(x), (8, 3, 2)),
     "SpectralNorm": Case(lambda x: hk.SpectralNorm()(x), (8, 3, 2)),
-    "nets.ResNet": Case(_training(lambda: hk.nets.ResNet((3, 4, 6, 3), 1000)), (8, 3, 3, 2)),
+    "nets.ResNet": Case(_training(lambda: hk.nets.ResNet((1, 2, 1, 1), 10)), (8, 3, 3, 2)),
     "nets.MobileNetV1": Case(_training(_mobile_net), (8, 64, 64, 2)),
     "nets.VectorQuantizer": Case(
         _training(lambda: hk.nets.VectorQuantizer(64, 512, 0.25)), (8, 64)
