@@ -163,7 +163,8 @@ def natural_gradient(
     with jax.numpy_dtype_promotion("standard"):  # a step has the dtypes of the parameters
         if previous is not None:
             previous = jax.tree.map(_like, previous, params)
-            _, change = jax.jvp(function, (params,), (previous,))
+            # Not by jax.jvp: a function with a backward pass of its own may have no forward one.
+            (change,) = jax.linear_transpose(pull, outputs)((previous,))
             residuals = residuals - _like(momentum * change, change)
         weights = min_sr(kernel, residuals, damping, centered=centered)
         (step,) = pull(_like(jnp.conj(weights), outputs))

@@ -245,6 +245,26 @@ class TestNaturalGradient:
         ):
             assert_close(a, b, 1e-10)
 
+    def test_momentum_of_a_function_with_a_backward_pass_alone(self):
+        @jax.custom_vjp
+        def square(z):
+            return z**2
+
+        square.defvjp(lambda z: (z**2, z), lambda z, ct: (2 * z * ct,))
+        params = {"used": jnp.array([1.0, 2.0, 3.0]), "unused": jnp.ones(2)}
+        previous = jax.tree.map(jnp.cos, params)
+        kernel, residuals = jnp.diag(4 * params["used"] ** 2), jnp.array([1.0, -1.0, 0.5])
+        steps = [
+            haiku_mlp.natural_gradient(
+                lambda p, f=f: f(p["used"]),
+                *(params, kernel, residuals, 1e-2),
+                momentum=0.5,
+                previous=previous,
+            )
+            for f in (square, lambda z: z**2)
+        ]
+        assert_close(*steps, 1e-12)
+
     def test_complex_function_of_real_parameters(self):
         def function(params):
             return params * np.array([1.0, 1j])

@@ -7,6 +7,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import netket as nk
+import netket.experimental as nkx
 import numpy as np
 import optax
 import pytest
@@ -90,22 +91,25 @@ def test_local_energies_are_netkets(operator, model):
 
 @pytest.mark.slow
 def test_local_energies_of_any_model_in_chunks(monkeypatch):
-    state = state_of(nk.models.RBM(alpha=2))
+    sizes = []
+
+    class Noting(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            sizes.append(x[..., 0].size)
+            return nk.models.RBM(alpha=2)(x)
+
+    state = state_of(Noting())
     hamiltonian = nk.operator.IsingJax(HILBERT, nk.graph.Chain(6), h=1.0)
     theirs = jnp.asarray(state.local_estimators(hamiltonian))
-    chunks = []
-    own = type(state).local_estimators
-
-    def estimators(state, operator, *, chunk_size):
-        chunks.append(chunk_size)
-        return own(state, operator, chunk_size=chunk_size)
-
-    monkeypatch.setattr(type(state), "local_estimators", estimators)
     monkeypatch.setattr(sys.modules[local_energies.__module__], "_CONFIGURATIONS", 16)
+    sizes.clear()
     np.testing.assert_allclose(local_energies(state, hamiltonian), theirs, rtol=1e-12)
+    assert max(sizes) == 14  # two samples, seven configurations each
     state.chunk_size = 32
+    sizes.clear()
     np.testing.assert_allclose(local_energies(state, hamiltonian), theirs, rtol=1e-12)
-    assert chunks == [16, 32]
+    assert max(sizes) == 28
 
 
 @pytest.mark.parametrize("mode", [None, "real", "complex"])
@@ -195,6 +199,21 @@ def test_chunks_are_those_of_the_state(monkeypatch):
     assert len(chunks) == 3
 
 
+@pytest.mark.slow
+def test_a_bound_model():
+    model = compat.MLP(**MODELS["real"])
+    variables = model.init(jax.random.key(0), jnp.ones((1, 6)))
+    state, bound = state_of(model), state_of(model.bind(variables))
+    state.variables = variables
+    state.samples, bound.samples  # noqa: B018  (drawn alike)
+    _, expected = natural_gradient(state, HAMILTONIAN, 1e-2)
+    _, step = natural_gradient(bound, HAMILTONIAN, 1e-2)
+    assert_close(step, expected, 1e-12)
+    for chunk_size in (None, 8):
+        bound.chunk_size = chunk_size
+        assert_close(bound.expect(HAMILTONIAN).mean, state.expect(HAMILTONIAN).mean, 1e-12)
+
+
 def test_when_parameters_are_few():
     params = {"a": jnp.ones((3, 4)), "b": jnp.ones(2, complex)}
     assert few_parameters.are_few(params, 33)
@@ -259,6 +278,7 @@ OF_OTHERS = {
     ),
     "NNX": lambda: Dense(nnx.Rngs(0)),
     "Haiku": lambda: hk.transform(lambda x: hk.nets.MLP([5, 1])(1.0 * x)[..., 0]),
+    "scan": lambda: nkx.models.LSTMNet(HILBERT, layers=1, features=3),
     "wrapped": lambda: compat.HaikuFunction(lambda x: hk.nets.MLP([5, 1])(1.0 * x)[..., 0]),
 }
 

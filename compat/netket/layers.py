@@ -1,16 +1,34 @@
 """The layers of a ``compat.MLP`` from its variables: where the structured paths begin."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import netket as nk
 from flax import linen as nn
 
 from haiku_mlp import arguments
 from haiku_mlp.structure import Layer
 
 from ..flax_adapter import MLP
+
+
+def mlp_of(state: nk.vqs.MCState) -> MLP | None:
+    """Returns the model of a state if it is a :class:`compat.MLP`, without its variables."""
+    model = state.model
+    if type(model) is not MLP:
+        return None
+    return model if model.scope is None else model.unbind()[0]
+
+
+def log_psi(state: nk.vqs.MCState) -> Callable[[Any, jax.Array], jax.Array]:
+    """Returns the function of variables and samples, equal for equal models.
+
+    NetKet has no public name for it: ``state.model`` is what the user gave, of any framework.
+    """
+    return state._apply_fun
 
 
 def layers(model: Any, variables: Any) -> tuple[Layer, ...] | None:

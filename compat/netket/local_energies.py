@@ -22,7 +22,7 @@ from plum import Signature
 from haiku_mlp.structure import at_configurations, forward
 
 from ..flax_adapter import MLP
-from .layers import bits, is_cpu, layers
+from .layers import bits, is_cpu, layers, log_psi, mlp_of
 
 # Entries of the connected configurations that are in the cache at once.
 _ENTRIES = 2**21
@@ -35,11 +35,27 @@ def local_energies(state: MCState, hamiltonian: Any) -> jax.Array:
 
     On a CPU chunks are faster: what a network computes of all configurations leaves the cache.
     """
-    chunk_size = state.chunk_size
     is_one_cpu = is_cpu() and jax.device_count() == 1
-    if chunk_size is None and is_one_cpu and _is_netkets(state, hamiltonian):
-        chunk_size = _CONFIGURATIONS
-    return state.local_estimators(hamiltonian, chunk_size=chunk_size).data
+    if state.chunk_size is None and is_one_cpu and _is_netkets(state, hamiltonian):
+        kernel = get_local_kernel(state, hamiltonian)
+        return _in_chunks(kernel, log_psi(state), state.variables, state.samples, hamiltonian)
+    return state.local_estimators(hamiltonian, chunk_size=state.chunk_size).data
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _in_chunks(
+    kernel: Callable, log_psi: Callable, variables: Any, samples: jax.Array, operator: Any
+) -> jax.Array:
+    """Returns local values as NetKet's chunks do, but for models too that start a scan with
+    constants, which JAX refuses where chunks are spread over devices.
+    """
+    chunk_size = max(1, _CONFIGURATIONS // max(1, operator.max_conn_size))
+    chunked = apply_chunked(
+        lambda samples: kernel(log_psi, variables, samples, operator),
+        chunk_size=chunk_size,
+        axis_0_is_sharded=False,
+    )
+    return chunked(samples.reshape(-1, samples.shape[-1])).reshape(samples.shape[:-1])
 
 
 def _is_netkets(state: MCState, operator: Any) -> bool:
@@ -52,7 +68,7 @@ def _is_netkets(state: MCState, operator: Any) -> bool:
 
 def is_ours(state: Any) -> bool:
     """Returns whether the methods registered here answer for the state."""
-    return isinstance(state, MCState) and type(state.model) is MLP
+    return isinstance(state, MCState) and mlp_of(state) is not None
 
 
 class _ByModel(type(MCState)):  # type: ignore[misc]
@@ -75,13 +91,13 @@ def _signatures(*more: type) -> list[Signature]:
 @get_local_kernel.dispatch_multi(*_signatures())
 def _kernel(state: Any, operator: Any) -> Callable:
     stock = get_local_kernel.invoke(MCState, type(operator))(state, operator)
-    return HashablePartial(_local_values, state.model, stock)
+    return HashablePartial(_local_values, mlp_of(state), stock)
 
 
 @get_local_kernel.dispatch_multi(*_signatures(int))
 def _chunked_kernel(state: Any, operator: Any, chunk_size: int) -> Callable:
     stock = get_local_kernel.invoke(MCState, type(operator), int)(state, operator, chunk_size)
-    return HashablePartial(_local_values, state.model, stock)
+    return HashablePartial(_local_values, mlp_of(state), stock)
 
 
 def _local_values(

@@ -17,7 +17,8 @@ class MinSR(nk.driver.AbstractOptimizationDriver):
     """Energy minimisation: :func:`natural_gradient` as a NetKet driver.
 
     It takes the steps of ``netket.driver.VMC_SR``, and runs, logs and calls back as every
-    driver of NetKet, but for ``AutoChunkSize``, which knows NetKet's own alone.  ``diag_shift``,
+    driver of NetKet, but for ``AutoChunkSize``, which knows NetKet's own alone.  It has no
+    ``info`` and logs no ``Energy_ema``, which only ``VMC_SR`` has.  ``diag_shift``,
     ``momentum``, ``mode`` and ``chunk_size`` may be set between steps.  A part of a natural
     step is not the natural step of that part: to freeze layers by path, take
     ``netket.driver.VMC``.

@@ -14,7 +14,7 @@ from haiku_mlp.structure.contraction import is_coarse
 
 from ..flax_adapter import MLP
 from .few_parameters import are_few, parameter_step
-from .layers import layers
+from .layers import layers, log_psi, mlp_of
 from .local_energies import local_energies
 
 MODES = ("real", "complex", "holomorphic")
@@ -83,10 +83,9 @@ def natural_gradient(
     check_state(state, hamiltonian)
     mode = checked_mode(mode, state)
     energies = local_energies(state, hamiltonian)
-    is_whole = chunk_size is None and type(state.model) is MLP
     step = _step(
-        _log_psi(state),
-        state.model if is_whole else None,
+        log_psi(state),
+        mlp_of(state) if chunk_size is None else None,
         state.parameters,
         state.model_state,
         state.samples.reshape(-1, state.hilbert.size),
@@ -98,14 +97,6 @@ def natural_gradient(
         chunk_size=state.chunk_size if chunk_size is None else chunk_size,
     )
     return nk.stats.statistics(energies), step
-
-
-def _log_psi(state: nk.vqs.MCState) -> Callable[[Any, jax.Array], jax.Array]:
-    """Returns the function of variables and samples, equal for equal models.
-
-    NetKet has no public name for it: ``state.model`` is what the user gave, of any framework.
-    """
-    return state._apply_fun
 
 
 def _outputs(values: jax.Array, mode: str) -> jax.Array:
@@ -192,7 +183,7 @@ def checked_mode(mode: Any, state: nk.vqs.MCState) -> str:
     """Returns the mode, that of the state's outputs if it is None."""
     if mode is None:
         sample = jax.ShapeDtypeStruct((1, state.hilbert.size), state.sampler.dtype)
-        output = jax.eval_shape(_log_psi(state), state.variables, sample)
+        output = jax.eval_shape(log_psi(state), state.variables, sample)
         mode = "complex" if jnp.iscomplexobj(output) else "real"
     if str(mode) not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)} or None, got {mode!r}")
