@@ -3,6 +3,7 @@
 import sys
 
 import cases
+import flax
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import netket.experimental as nkx
 import numpy as np
 import optax
 import pytest
-from comparison import assert_close
+from comparison import assert_close, assert_identical
 from flax import linen as nn
 from flax import nnx
 
@@ -350,6 +351,22 @@ def test_settings_between_steps(monkeypatch):
         setattr(driver, name, value)
     driver.compute_loss_and_update()
     assert settings.items() <= seen.items()
+
+
+@pytest.mark.slow
+def test_a_new_driver_goes_on_from_a_checkpoint():
+    def new():
+        state = state_of(compat.MLP(**MODELS["real"]))
+        options = {"diag_shift": 1e-2, "momentum": 0.8, "variational_state": state}
+        return MinSR(HAMILTONIAN, optax.adam(0.1), **options)
+
+    driver, other = new(), new()
+    driver.run(2, show_progress=False)
+    other = flax.serialization.from_bytes(other, flax.serialization.to_bytes(driver))
+    assert other.step_count == 2
+    for each in (driver, other):
+        each.run(1, show_progress=False)
+    assert_identical(other.state.parameters, driver.state.parameters)
 
 
 def test_auto_chunk_size_does_not_know_the_driver():
