@@ -50,6 +50,8 @@ class HaikuFunction(Mirrored):
                 f"got {type(self.fn).__name__}: give the function that hk.transform takes; in "
                 "place of hk.multi_transform, give wrap an hk.Module class with several methods"
             )
+        if callable(self.fn):
+            hk.transform(self.fn)  # which refuses what JAX has compiled
         super().__post_init__()
 
     @nn.nowrap

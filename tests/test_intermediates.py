@@ -178,7 +178,7 @@ def transformed(kind):
         "scan": lambda x: jax.lax.scan(lambda c, _: (body(c), ()), x, None, length=2)[0],
         "vmap": jax.vmap(body),
         "remat": jax.checkpoint(body),
-        "jit": jax.jit(body),
+        "jit": lambda x: jax.jit(body)(x),
         "grad": jax.grad(lambda x: body(x).sum()),
         "another transform": lambda x: hk.transform(body).apply({}, None, x),
     }[kind]

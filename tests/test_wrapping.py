@@ -1,7 +1,9 @@
 """``compat.wrap`` and ``compat.HaikuFunction``: their classes, keys, state, streams, errors."""
 
 import functools
+import gc
 import inspect
+import weakref
 
 import cloudpickle
 import haiku as hk
@@ -913,3 +915,73 @@ def test_a_pair_without_a_key_makes_no_parameters_at_apply(transform):
         model.apply({}, jnp.ones(3), rngs=KEY, mutable=["params"])
     with pytest.raises(errors.InvalidRngError, match="give rngs="):
         model.apply({}, jnp.ones(3), mutable=["params"])
+
+
+def test_a_compiled_function_is_refused_as_by_haiku():
+    function = jax.jit(lambda x: hk.Linear(2)(x))
+    with pytest.raises(ValueError, match="pass an already jit") as refused:
+        compat.HaikuFunction(function)
+    with pytest.raises(ValueError, match="pass an already jit") as by_haiku:
+        hk.transform(function)
+    assert str(refused.value) == str(by_haiku.value)
+
+
+def ones_by_getter():
+    def creator(next_creator, shape, dtype, init, context):
+        return hk.DO_NOT_STORE
+
+    def getter(next_getter, value, context):
+        assert value is hk.DO_NOT_STORE
+        return next_getter(jnp.ones(context.original_shape))
+
+    with hk.custom_creator(creator), hk.custom_getter(getter):
+        return hk.get_parameter("w", (2,), init=jnp.zeros)
+
+
+def ones_by_initializer():
+    def getter(next_getter, value, context):
+        return next_getter(jnp.ones(context.original_shape))
+
+    with hk.custom_getter(getter):
+        return hk.get_parameter("w", (2,), init=lambda *_: hk.DO_NOT_STORE)
+
+
+@pytest.mark.parametrize("function", [ones_by_getter, ones_by_initializer])
+def test_parameters_that_nothing_stores(function):
+    model = compat.HaikuFunction(function)
+    assert not model.init(jax.random.key(0))
+    for variables in ({}, {"params": {"other": jnp.ones(3)}}):
+        assert model.apply(variables).tolist() == [1, 1]
+    with pytest.raises(errors.ScopeCollectionNotFound):
+        compat.HaikuFunction(lambda: hk.get_parameter("w", (2,), init=jnp.ones)).apply({})
+
+
+def called(model):
+    variables = model.init(KEY, jnp.ones((2, 3)))
+    model.apply(variables, jnp.ones((2, 3)), capture_intermediates=True)
+    return jax.tree.leaves(variables)
+
+
+def called_in_nnx(model):
+    model(jnp.ones((2, 3)))
+    return jax.tree.leaves(nnx.state(model))
+
+
+@pytest.mark.parametrize(
+    ("make", "run"),
+    [
+        (lambda: compat.MLP(hidden_dims=(4,)), called),
+        (lambda: compat.wrap(hk.nets.MLP)((4, 2)), called),
+        (lambda: compat.HaikuFunction(lambda x: hk.Linear(4)(x)), called),
+        (lambda: compat_nnx.MLP(3, hidden_dims=(4,), rngs=nnx.Rngs(0)), called_in_nnx),
+    ],
+    ids=["MLP", "wrapped", "function", "NNX"],
+)
+def test_no_value_waits_for_the_garbage_collector(make, run):
+    gc.collect()
+    gc.disable()
+    try:
+        kept = [weakref.ref(leaf) for leaf in run(make())]
+        assert [leaf() for leaf in kept] == [None] * len(kept)
+    finally:
+        gc.enable()

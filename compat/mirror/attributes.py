@@ -154,14 +154,14 @@ class _Trace:
         treedef, *leaves = arguments
 
         def call(*args: Any, **kwargs: Any) -> None:
-            calls = Calls(self)
-            with calls.watched(), hk.custom_creator(_unboxed):
+            self.calls = Calls()
+            with self.calls.watched(self), hk.custom_creator(_unboxed):
                 haiku = face._haiku()
                 if callable(method):
                     method(haiku, *args, **kwargs)
                 else:
                     getattr(haiku, method)(*args, **kwargs)
-            self.classes.update(calls.classes)
+            self.classes.update(self.calls.classes)
 
         def run(arrays: list[jax.Array]) -> tuple[Any, Any]:
             given = iter(arrays)

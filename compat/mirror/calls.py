@@ -20,6 +20,8 @@ Call = Callable[..., Any]
 class Watcher(Protocol):
     """A framework's side of one run of Haiku code."""
 
+    calls: "Calls"
+
     def send(self, module: hk.Module, method: str, go_on: Call) -> Call:
         """Returns what runs in place of a call; ``go_on`` makes it, as often as wanted."""
 
@@ -27,18 +29,18 @@ class Watcher(Protocol):
         """Returns the framework's module that stands for a Haiku module."""
 
 
-_running: contextvars.ContextVar["Calls"] = contextvars.ContextVar("calls")
+_running: contextvars.ContextVar[Watcher] = contextvars.ContextVar("running")
 
 
 def watcher() -> Any:
     """Returns the watcher of the Haiku code that calls, or None where none sees it."""
-    calls = _running.get(None)
-    return calls.watcher if calls is not None and calls.place.is_here() else None
+    running = _running.get(None)
+    return running if running is not None and running.calls.place.is_here() else None
 
 
 def place() -> "Place":
     """Returns the place of the run of which the code that calls is part."""
-    return _running.get().place
+    return _running.get().calls.place
 
 
 class Place:
@@ -75,30 +77,33 @@ class Place:
 class Calls:
     """The calls of one run of Haiku code, sent through a watcher.
 
+    It does not know its watcher outside of the run: in a cycle, values would live on until
+    the garbage collector comes.
+
     Only in the trace and the transform of the start: inside ``hk.scan``, ``hk.vmap``,
     ``hk.remat`` and the like the code runs as plain Haiku, so that no tracer gets out.
 
     Args:
-      watcher: The framework's side.
       is_sending: Whether calls are sent at all.  Each step on the way makes the stack deeper,
         which slows down all tracing below: JAX looks at the whole stack for each operation.
     """
 
-    def __init__(self, watcher: Watcher, *, is_sending: bool = True):
-        self.watcher = watcher
+    def __init__(self, *, is_sending: bool = True):
         self._is_sending = is_sending
         self.classes: dict[str, type[hk.Module]] = {}
         # By its id: modules that are dataclasses have an ==.
         self._passing: tuple[int, str] | None = None
 
     @contextlib.contextmanager
-    def watched(self) -> Iterator[Place]:
+    def watched(self, watcher: Watcher) -> Iterator[Place]:
         """Returns the context of the run, in the place of which it is entered."""
         self.place = Place()
         with contextlib.ExitStack() as stack:
-            stack.callback(_running.reset, _running.set(self))
+            stack.callback(vars(self).pop, "place")  # which holds tracers
+            stack.callback(_running.reset, _running.set(watcher))
             if self._is_sending:
-                stack.enter_context(hk.intercept_methods(self._intercept))
+                intercept = functools.partial(self._intercept, watcher)
+                stack.enter_context(hk.intercept_methods(intercept))
             yield self.place
 
     def unsent(self, module: hk.Module, method: str) -> Call:
@@ -108,7 +113,12 @@ class Calls:
         return getattr(module, method)
 
     def _intercept(
-        self, next_f: Call, args: tuple[Any, ...], kwargs: dict[str, Any], context: hk.MethodContext
+        self,
+        watcher: Watcher,
+        next_f: Call,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: hk.MethodContext,
     ) -> Any:
         module, method = context.module, context.method_name
         if self._passing == (id(module), method):
@@ -130,7 +140,7 @@ class Calls:
             policy = hk.mixed_precision.get_policy(type(module))
             return output if policy is None else policy.cast_to_output(output)
 
-        return self.watcher.send(module, method, go_on)(*args, **kwargs)
+        return watcher.send(module, method, go_on)(*args, **kwargs)
 
 
 @per_class

@@ -57,7 +57,7 @@ class Run:
     """
 
     def __init__(self, node: StandIn, outer: "Run | None" = None):
-        self.calls = Calls(self)
+        self.calls = Calls()
         self.drew = False
         self._node = node
         self._layout = node._source.layout
@@ -77,7 +77,7 @@ class Run:
 
         def body() -> Any:
             first = haiku_key()
-            with self.calls.watched(), hk.custom_setter(self._note_write):
+            with self.calls.watched(self), hk.custom_setter(self._note_write):
                 haiku = make()
                 if isinstance(haiku, hk.Module):
                     haiku = self.calls.unsent(haiku, method)

@@ -55,7 +55,7 @@ class Run:
     compact: bool
 
     def __post_init__(self) -> None:
-        self.calls = Calls(self, is_sending=self.is_seen or self.compact)
+        self.calls = Calls(is_sending=self.is_seen or self.compact)
         self._parenthood = contextlib.nullcontext if self.compact else no_flax_parent
         self._values = Values(self.scope, self.names, load=not self.compact)
         self._rows: dict[str, tuple[hk.Module, Any]] = {}
@@ -131,7 +131,7 @@ class Run:
     def _hooked(self) -> Iterator[None]:
         """Returns the context of the Haiku code, inside of its transform."""
         first = haiku_key()
-        with self._parenthood(), self.calls.watched() as place, self._values.hooked(place):
+        with self._parenthood(), self.calls.watched(self) as place, self._values.hooked(place):
             yield
         if self._stream is not None and haiku_key() is not first:
             self.scope.rng_counters[self._stream] += 1  # the next run draws others

@@ -1,6 +1,7 @@
 """The values of one run of Haiku code: which Flax scope they come from and go to."""
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -106,7 +107,7 @@ class Values:
         scope, name = self._find("params", context)
         if not scope.has_variable("params", name):
             if not scope.is_mutable_collection("params"):
-                self._raise(context)
+                return make(shape, dtype, functools.partial(self._missing, init, context))
             if not self._place.is_here():
                 return make(shape, dtype, init)
             value = make(shape, dtype, _in_scope(init, scope))
@@ -115,6 +116,13 @@ class Values:
             scope.put_variable("params", name, value)
         # At apply Haiku's frame takes no new parameter; the getter supplies it.
         return _get(scope, "params", name) if hk.running_init() else hk.DO_NOT_STORE
+
+    def _missing(self, init: Call, context: hk.GetterContext, *args: Any) -> Any:
+        """Raises Flax's error, unless the initializer leaves the value to a getter."""
+        with contextlib.suppress(ValueError):  # it may want a key
+            if init(*args) is hk.DO_NOT_STORE:
+                return hk.DO_NOT_STORE
+        return self._raise(context)
 
     def _get_parameter(self, next_getter: Call, value: Any, context: hk.GetterContext) -> Any:
         """Parameter getter: supplies what the frame does not take, and checks shapes as Flax."""
