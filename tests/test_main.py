@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from haiku_mlp.masses import command
+from haiku_mlp.masses import chart, command, training
 
 
 @pytest.fixture
@@ -56,22 +56,49 @@ def test_faces_agree_and_a_difference_is_seen():
 
 
 @pytest.mark.slow
-def test_both_faces_and_the_chart(run, tmp_path):
-    process = run("--steps", 30, "--plot", "chart.png")
-    assert process.returncode == 0, process.stderr
-    assert "mlp/block/linear_0" in process.stdout
-    assert "MLP_0/Dense_0" in process.stdout
-    assert "\033" not in process.stdout
-    assert "Flax face: 100%" in process.stderr
-    figures = dict(
-        re.findall(r"^(formula alone|MLP, \w+ face) +(\d\.\d{3})$", process.stdout, re.M)
-    )
+def test_both_faces_and_the_chart(tmp_path, monkeypatch, capsys):
+    draw, drawn, path = chart.draw, [], tmp_path / "chart.png"
+    monkeypatch.setattr(chart, "draw", lambda *args: drawn.append(args) or draw(*args))
+    assert command.main(["--steps", "30", "--seed", "7", "--plot", str(path)]) == 0
+    output, progress = capsys.readouterr()
+    assert "Haiku face, 8 such networks:\n" in output
+    assert "mlp/block/linear_0" in output
+    assert "MLP_0/Dense_0" in output
+    assert "\033" not in output
+    figures = dict(re.findall(r"^(formula alone|MLP, \w+ face) +(\d\.\d{3})$", output, re.M))
     assert float(figures["formula alone"]) == pytest.approx(2.877, abs=0.001)
     for name in ("Haiku", "Flax"):
         assert 0.3 < float(figures[f"MLP, {name} face"]) < 2.5
-    assert re.search(r"^HFB26 .*postdates the test data", process.stdout, re.M)
-    assert "same numbers, bit for bit" in process.stdout
-    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+        # In MeV: as far off on the training nuclides, of which the formula leaves 2.4 MeV.
+        errors = re.findall(rf"{name} face: 100%.* 30/30 .*step/s, (\d\.\d{{3}}) MeV\]", progress)
+        assert 0.5 < float(errors[-1]) < 2.3
+    assert re.search(r"^HFB26 .*postdates the test data", output, re.M)
+    assert f"Chart of the residuals (Haiku face): {path}" in output
+    assert "same numbers, bit for bit" in output
+    assert path.read_bytes().startswith(b"\x89PNG")
+    ((_, some, formula, predictions),) = drawn
+    for nuclides, masses in zip(some, predictions, strict=True):
+        alone = training.rms(formula.mass_excess(nuclides) - nuclides.mass_excess)
+        assert training.rms(masses - nuclides.mass_excess) < 0.9 * alone
+
+
+@pytest.mark.slow
+def test_faces_that_differ_are_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(command, "_agree", lambda *args: False)
+    assert command.main(["--steps", "1"]) == 1
+    assert "the faces differ" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_one_face_has_its_own_seed(capsys):
+    """And the same errors again with the same seed."""
+    outputs = []
+    for seed in ("3", "3", "4"):
+        assert command.main(["--face", "flax", "--steps", "2", "--seed", seed]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != outputs[2]
+    assert "Haiku" not in outputs[0]
+    assert "bit for bit" not in outputs[0]
 
 
 WATCH_IMPORTS = """

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import compat
-from haiku_mlp.masses import nuclides, report, training
+from haiku_mlp.masses import chart, nuclides, report, training
 from haiku_mlp.masses.formula import Formula, features, terms
 
 TRAIN, TEST = nuclides.measured()
@@ -186,3 +186,72 @@ def test_report_names_the_faces_that_are_beaten():
     assert lines["BR2013"].endswith("beats the MLP (Haiku, Flax), postdates the test data")
     assert "beats the MLP (Flax)" in lines["WS32010"]
     assert "beats the MLP" not in lines["HFB26"]
+
+
+# Chart
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Returns the axes of the chart of errors in MeV on training and test nuclides."""
+
+    def drawn(of_train, of_test):
+        figures = []
+        monkeypatch.setattr(chart.Figure, "savefig", lambda self, *_, **__: figures.append(self))
+        predictions = TRAIN.mass_excess + of_train, TEST.mass_excess + of_test
+        chart.draw("chart.png", (TRAIN, TEST), Formula.fit(TRAIN), predictions)
+        return figures[0].axes[:2]
+
+    return drawn
+
+
+def test_chart_shows_each_residual_at_its_nuclide(drawn):
+    formula = Formula.fit(TRAIN)
+    upper, lower = drawn(0.25, -0.5)
+    assert (upper.get_title("left"), lower.get_title("left")) == (
+        "Semi-empirical mass formula",
+        "Formula and MLP",
+    )
+    for axes, limit, of_train, of_test in [
+        (upper, 10, *(formula.mass_excess(some) - some.mass_excess for some in (TRAIN, TEST))),
+        (lower, 1, np.full(len(TRAIN), 0.25), np.full(len(TEST), -0.5)),
+    ]:
+        mesh, squares = axes.collections
+        assert mesh.get_clim() == (-limit, limit)
+        # Cell and colour of each nuclide, and no other cell has one.
+        corners, values = mesh.get_coordinates(), mesh.get_array()
+        for some, residuals in ((TRAIN, of_train), (TEST, of_test)):
+            np.testing.assert_allclose(values[some.z, some.n], residuals, atol=1e-12)
+            np.testing.assert_array_equal(corners[some.z, some.n, 0], some.n - 0.5)
+            np.testing.assert_array_equal(corners[some.z, some.n, 1], some.z - 0.5)
+            np.testing.assert_array_equal(corners[some.z + 1, some.n + 1, 0], some.n + 0.5)
+        assert np.isfinite(values).sum() == len(TRAIN) + len(TEST)
+        boxes = [path.get_extents() for path in squares.get_paths()]
+        assert {(box.x0 + 0.5, box.y0 + 0.5, box.x1 - 0.5, box.y1 - 0.5) for box in boxes} == {
+            (n, z, n, z) for z, n in TEST.numbers()
+        }
+        labels = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert labels == [
+            f"{name}: {len(residuals)} nuclides, rms {training.rms(residuals):.2f} MeV"
+            for name, residuals in (("AME2003, train", of_train), ("AME2012, test", of_test))
+        ]
+        assert axes.get_xlim()[0] < TRAIN.n.min() < TRAIN.n.max() < axes.get_xlim()[1]
+        assert axes.get_ylim()[0] < TRAIN.z.min() < TRAIN.z.max() < axes.get_ylim()[1]
+
+
+def test_chart_marks_the_magic_numbers_as_far_as_there_are_nuclides(drawn):
+    axes, _ = drawn(0, 0)
+    lines = {tuple(map(tuple, line.get_xydata().tolist())) for line in axes.lines}
+    both = TRAIN.numbers() + TEST.numbers()
+    expected = set()
+    for magic in (8, 20, 28, 50, 82):
+        n = [n for z, n in both if z == magic]
+        expected.add(((min(n) - 3, magic), (max(n) + 3, magic)))
+    for magic in (8, 20, 28, 50, 82, 126):
+        z = [z for z, n in both if n == magic]
+        expected.add(((magic, min(z) - 3), (magic, max(z) + 3)))
+    assert lines == expected
+    names = [text.get_text() for text in axes.texts]
+    assert sorted(names) == sorted(
+        [f"$Z={m}$" for m in (8, 20, 28, 50, 82)] + [f"$N={m}$" for m in (8, 20, 28, 50, 82, 126)]
+    )
