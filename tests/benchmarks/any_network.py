@@ -137,9 +137,10 @@ def kernel_rows(budget: float) -> Iterator[tuple[str, ...]]:
         }
         time = ratios(calls, "ours", budget=budget, least=5)["theirs"]
         error = np.max(np.abs(kernels[0] - kernels[1])) / np.max(np.abs(kernels[1]))
-        yield name, "time", str(time)
-        yield name, "temporary memory", f"{memory[1] / memory[0]:.3g}"
-        yield name, "relative difference", f"{error:.1e}"
+        what, who = f"tangent kernel, {name}", "NetKet, by its Jacobian"
+        yield f"{what}: time", who, str(time)
+        yield f"{what}: temporary memory", who, f"{memory[1] / memory[0]:.3g}"
+        yield f"{what}: relative difference", who, f"{error:.1e}"
 
 
 def step_rows(budget: float) -> Iterator[tuple[str, ...]]:
@@ -154,7 +155,7 @@ def step_rows(budget: float) -> Iterator[tuple[str, ...]]:
     lines = subprocess.run(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True, **options
     ).stdout.splitlines()
-    yield "backflow, 64 sites, 16 fermions, 512 samples", "step, VMC_SR", lines[-1]
+    yield "SR step, backflow, 64 sites, 16 fermions, 512 samples", "VMC_SR", lines[-1]
 
 
 def step_ratio(budget: float) -> str:

@@ -81,7 +81,7 @@ def lines(names: list[str]) -> Iterator[str]:
         yield title
         yield "-" * len(title)
         for what, who, value in rows():
-            yield f"{what:<75}  {who:<32}  {value}"
+            yield f"{what:<83}  {who:<32}  {value}"
 
 
 def main(names: list[str]) -> None:
