@@ -20,27 +20,11 @@ Call = Callable[..., Any]
 class Watcher(Protocol):
     """A framework's side of one run of Haiku code."""
 
-    calls: "Calls"
-
     def send(self, module: hk.Module, method: str, go_on: Call) -> Call:
         """Returns what runs in place of a call; ``go_on`` makes it, as often as wanted."""
 
     def module(self, module_name: str) -> Any:
         """Returns the framework's module that stands for a Haiku module."""
-
-
-_running: contextvars.ContextVar[Watcher] = contextvars.ContextVar("running")
-
-
-def watcher() -> Any:
-    """Returns the watcher of the Haiku code that calls, or None where none sees it."""
-    running = _running.get(None)
-    return running if running is not None and running.calls.place.is_here() else None
-
-
-def place() -> "Place":
-    """Returns the place of the run of which the code that calls is part."""
-    return _running.get().calls.place
 
 
 class Place:
@@ -74,11 +58,25 @@ class Place:
         return tracers.current_trace() == self._trace and self.is_same_transform()
 
 
+_running: contextvars.ContextVar[tuple[Watcher, Place]] = contextvars.ContextVar("running")
+
+
+def watcher() -> Any:
+    """Returns the watcher of the Haiku code that calls, or None where none sees it."""
+    watcher, place = _running.get((None, None))
+    return watcher if place is not None and place.is_here() else None
+
+
+def place() -> Place:
+    """Returns the place of the run of which the code that calls is part."""
+    return _running.get()[1]
+
+
 class Calls:
     """The calls of one run of Haiku code, sent through a watcher.
 
-    It does not know its watcher outside of the run: in a cycle, values would live on until
-    the garbage collector comes.
+    It does not keep its watcher: in a cycle, values would live on until the garbage collector
+    comes.
 
     Only in the trace and the transform of the start: inside ``hk.scan``, ``hk.vmap``,
     ``hk.remat`` and the like the code runs as plain Haiku, so that no tracer gets out.
@@ -97,14 +95,13 @@ class Calls:
     @contextlib.contextmanager
     def watched(self, watcher: Watcher) -> Iterator[Place]:
         """Returns the context of the run, in the place of which it is entered."""
-        self.place = Place()
+        place = Place()
         with contextlib.ExitStack() as stack:
-            stack.callback(vars(self).pop, "place")  # which holds tracers
-            stack.callback(_running.reset, _running.set(watcher))
+            stack.callback(_running.reset, _running.set((watcher, place)))
             if self._is_sending:
-                intercept = functools.partial(self._intercept, watcher)
+                intercept = functools.partial(self._intercept, watcher, place)
                 stack.enter_context(hk.intercept_methods(intercept))
-            yield self.place
+            yield place
 
     def unsent(self, module: hk.Module, method: str) -> Call:
         """Returns a method of which the next call is not sent; those inside of it are."""
@@ -115,6 +112,7 @@ class Calls:
     def _intercept(
         self,
         watcher: Watcher,
+        place: Place,
         next_f: Call,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -127,9 +125,9 @@ class Calls:
         # Haiku reports properties, private methods and each class of a super() chain too.
         public = public_methods(type(module)).get(method)
         is_call = public is not None and public is vars(context.orig_class).get(method)
-        if is_call and self.place.is_same_transform():
+        if is_call and place.is_same_transform():
             self.classes[module.module_name] = type(module)
-        if not is_call or not self.place.is_here():
+        if not is_call or not place.is_here():
             return next_f(*args, **kwargs)
         attempts = iter((next_f,))  # Haiku's own runs once; a call that is made again is a new one
 

@@ -18,7 +18,7 @@ import jax
 from flax import nnx
 
 from .attributes import SILENT, Source
-from .calls import Call, Calls
+from .calls import Call, Calls, watcher
 from .names import HaikuTree, Path
 from .private import is_capturing
 from .run import haiku_key, is_missing_key
@@ -116,7 +116,7 @@ class Run:
 
         def arrive(copy: StandIn, *args: Any, **kwargs: Any) -> Any:
             with _sending(None):
-                if self.calls.place.is_here():
+                if watcher() is self:
                     return go_on(*args, **kwargs)
                 # In another trace, as in nnx.tabulate, the node is a copy.
                 return Run(copy, self)(lambda: module, method, args, kwargs, haiku_key())

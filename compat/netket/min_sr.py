@@ -84,7 +84,7 @@ class MinSR(nk.driver.AbstractOptimizationDriver):
         self.mode = checked_mode(mode, variational_state)
         self.chunk_size = chunk_size
         self._stop_if_not_finite = stop_if_not_finite
-        if momentum is not None:  # now, so that a checkpoint fits a new driver
+        if momentum is not None:  # now, so that all steps are one program
             self._previous = jax.tree.map(jnp.zeros_like, variational_state.parameters)
 
     def compute_loss_and_update(self) -> tuple[Any, Any]:
