@@ -192,6 +192,14 @@ def test_the_bounds_are_taken(monkeypatch):
     assert command._parse(["--steps", str(10**6), "--seed", str(2**32 - 1)]).seed == 2**32 - 1
 
 
+def test_a_chart_alone_needs_matplotlib(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(command, "_is_installed", lambda name: name != "matplotlib")
+    assert command._parse([]).plot is None
+    with pytest.raises(SystemExit):
+        command._parse(["--plot", str(tmp_path / "chart.png")])
+    assert "matplotlib not installed" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_refusal_as_a_program(run):
     assert_refused(run("--plot", "no/such/chart.png"), "--plot", "cannot write")
