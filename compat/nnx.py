@@ -92,6 +92,7 @@ class Face(Node):  # type: ignore[metaclass]
         layout = find_layout(face, method, arguments, reserved)
         given: dict[str, Any] = {"method": method, **kwargs}
         variables = face.lazy_init({"params": rngs.params()}, *example, **given)
+        variables = jax.tree.map(jnp.asarray, variables)  # constants are no arrays there
         self._source, self._path = Source(face, method, arguments, layout), ()
         for path, hk_cls in layout.classes.items():
             if path:

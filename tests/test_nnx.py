@@ -349,7 +349,13 @@ def transparent(x):
     return Transparent()(x)
 
 
-ODD = (scanned, mapped, stacked, lifted, differentiated, named, transparent, mixed)
+def constants(x):
+    """Values that need no key and no input, which a lazy initialisation leaves as numbers."""
+    exponent = hk.get_parameter("exponent", (), jnp.int32, lambda _, dtype: jnp.array(2, dtype))
+    return x**exponent + hk.get_state("shift", (), x.dtype, lambda _, dtype: jnp.array(0.5, dtype))
+
+
+ODD = (scanned, mapped, stacked, lifted, differentiated, named, transparent, mixed, constants)
 
 
 @pytest.mark.parametrize("function", ODD)
