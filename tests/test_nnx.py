@@ -349,13 +349,20 @@ def transparent(x):
     return Transparent()(x)
 
 
-def constants(x):
-    """Values that need no key and no input, which a lazy initialisation leaves as numbers."""
-    exponent = hk.get_parameter("exponent", (), jnp.int32, lambda _, dtype: jnp.array(2, dtype))
-    return x**exponent + hk.get_state("shift", (), x.dtype, lambda _, dtype: jnp.array(0.5, dtype))
+ODD = (scanned, mapped, stacked, lifted, differentiated, named, transparent, mixed)
 
 
-ODD = (scanned, mapped, stacked, lifted, differentiated, named, transparent, mixed, constants)
+def test_initial_values_that_are_constants_are_arrays():
+    """Flax's lazy initialisation gives numbers for what needs neither key nor input."""
+
+    def constants(x):
+        power = hk.get_parameter("power", (), jnp.int32, lambda _, dtype: jnp.array(2, dtype))
+        return x**power + hk.get_state("shift", (), x.dtype, lambda _, dtype: jnp.array(0.5, dtype))
+
+    model = compat_nnx.HaikuFunction(constants, example=(X,), rngs=nnx.Rngs(0))
+    params, state = hk.transform_with_state(constants).init(KEY, X)
+    assert_identical(plain(model), (params, state))
+    np.testing.assert_array_equal(model(X), X**2 + 0.5)
 
 
 @pytest.mark.parametrize("function", ODD)
