@@ -356,8 +356,8 @@ def test_initial_values_that_are_constants_are_arrays():
     """Flax's lazy initialisation gives numbers for what needs neither key nor input."""
 
     def constants(x):
-        power = hk.get_parameter("power", (), jnp.int32, lambda _, dtype: jnp.array(2, dtype))
-        return x**power + hk.get_state("shift", (), x.dtype, lambda _, dtype: jnp.array(0.5, dtype))
+        power = hk.get_parameter("power", (), int, lambda *_: jnp.array(2))
+        return x**power + hk.get_state("shift", (), float, lambda *_: jnp.array(0.5))
 
     model = compat_nnx.HaikuFunction(constants, example=(X,), rngs=nnx.Rngs(0))
     params, state = hk.transform_with_state(constants).init(KEY, X)
