@@ -13,7 +13,12 @@ from flax.core import Scope
 import haiku_mlp
 from haiku_mlp.arguments import Arguments, check_batches, for_each_layer, size
 from haiku_mlp.caching import kept_by_object
-from haiku_mlp.initializers import default_bias_init, default_kernel_init
+from haiku_mlp.initializers import (
+    JaxInitializer,
+    as_haiku_initializer,
+    default_bias_init,
+    default_kernel_init,
+)
 
 from .kernels import tangent_kernel
 from .mirror.names import Names
@@ -57,12 +62,14 @@ class Perceptron(Mirrored):
         return Names(root="mlp", netket=True)
 
     @nn.nowrap
-    def _is_shared(self, scope: Scope) -> bool:
+    def _is_closed(self, scope: Scope) -> bool:
         activations = (*for_each_layer(self.hidden_activations, 1), self.output_activation)
         # A Flax module has its place among the fields.
         functions = [a for a in activations if callable(a) and not isinstance(a, nn.Module)]
         is_subclass = "_haiku" not in vars(type(self))  # whose methods may make modules, too
-        return is_subclass or bool(scope.reservations) or any(map(_makes_modules, functions))
+        is_open = is_subclass or bool(scope.reservations) or any(map(_is_open, functions))
+        initializers = map(as_haiku_initializer, (self.kernel_init, self.bias_init))
+        return not is_open and all(isinstance(init, JaxInitializer) for init in initializers)
 
     @nn.nowrap
     def _row(self, module: hk.Module | type[hk.Module], parent: Any, name: str) -> Mirrored:
@@ -77,8 +84,8 @@ class Perceptron(Mirrored):
 
 
 @kept_by_object
-def _makes_modules(activation: Callable[..., Any]) -> bool:
-    """Returns whether an activation may make Flax modules, tried out on a number."""
+def _is_open(activation: Callable[..., Any]) -> bool:
+    """Returns whether an activation may make modules or draw keys, tried out on a number."""
     net = hk.transform(lambda z: activation(z))
     try:
         with no_flax_parent():  # so that none can be called

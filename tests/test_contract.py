@@ -18,7 +18,7 @@ import pytest
 from comparison import assert_identical, median_times, num_calls, outcome
 from flax import errors, nnx, serialization, traverse_util
 from flax import linen as nn
-from flax.core import DenyList, freeze
+from flax.core import DenyList, Scope, freeze
 from flax.training.train_state import TrainState
 
 import compat
@@ -291,6 +291,20 @@ CALLS = {
 def test_call(calls):
     ours, theirs = calls(compat.MLP(**F)), calls(nk.models.MLP(**F))
     assert_identical(ours, theirs)
+
+
+def test_init_draws_no_key_that_netket_does_not(monkeypatch):
+    make_rng = Scope.make_rng
+
+    def places(cls):
+        drawn = []
+        note = functools.partialmethod(lambda s, name: drawn.append(s.path) or make_rng(s, name))
+        monkeypatch.setattr(Scope, "make_rng", note)
+        cls(**F).init(KEY, X)
+        return drawn
+
+    ours, theirs = map(places, FACES["MLP"])
+    assert ours == theirs
 
 
 def test_lazy_init_of_an_input_that_no_memory_holds():

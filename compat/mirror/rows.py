@@ -53,15 +53,24 @@ class Mirrored(nn.Module):
             return again(*args, **kwargs)
         if self.scope is None:
             raise errors.CallCompactUnboundModuleError
-        is_seen = is_flax_looking()
-        compact = self._compact and (is_seen or self._is_shared(self.scope))
-        run = Run(self, self.scope, self._names(), self._row, is_seen=is_seen, compact=compact)
+        is_seen, is_closed = is_flax_looking(), self._is_closed(self.scope)
+        run = Run(
+            self,
+            self.scope,
+            self._names(),
+            self._row,
+            is_seen=is_seen,
+            is_closed=is_closed,
+            compact=self._compact and (is_seen or not is_closed),
+        )
         return run(self._haiku, method, args, kwargs)
 
     @nn.nowrap
-    def _is_shared(self, scope: Scope) -> bool:
-        """Returns whether a compact method shares its names with others, as Flax alone can tell."""
-        return True
+    def _is_closed(self, scope: Scope) -> bool:
+        """Returns whether it is known that nobody but the module's own layers makes modules here,
+        or draws a key, apart from the initializers that get theirs from the scope.
+        """
+        return False
 
     @nn.nowrap
     def _row(self, module: hk.Module | type[hk.Module], parent: Any, name: str) -> "Mirrored":

@@ -43,6 +43,7 @@ class Run:
         which Flax sees no call; takes the module, the parent (a Flax module or the row's
         own scope) and the Flax name.
       is_seen: Whether Flax looks at the calls of rows.
+      is_closed: Whether nothing at ``init`` draws from Haiku's key (see ``Mirrored``).
       compact: Whether rows, and Flax modules in the Haiku code, are Flax's to name, as in
         a compact method.  In general they are not: Haiku has names of its own for them.
     """
@@ -52,6 +53,7 @@ class Run:
     names: Names
     make_row: Callable[[hk.Module | type[hk.Module], nn.Module | Scope, str], Any]
     is_seen: bool
+    is_closed: bool
     compact: bool
 
     def __post_init__(self) -> None:
@@ -78,7 +80,7 @@ class Run:
                 outputs.append(haiku(*args, **kwargs))
 
         try:
-            key = self._key(streams)
+            key = None if is_creating and self.is_closed else self._key(streams)
             if is_creating:
                 _transformed.init(key, body)
             else:
