@@ -13,7 +13,6 @@ from flax.core import Scope
 from .caching import per_class
 from .calls import public_methods, run_method, watcher
 from .names import Names
-from .private import is_flax_looking
 from .run import Run
 
 
@@ -53,16 +52,8 @@ class Mirrored(nn.Module):
             return again(*args, **kwargs)
         if self.scope is None:
             raise errors.CallCompactUnboundModuleError
-        is_seen, is_closed = is_flax_looking(), self._is_closed(self.scope)
-        run = Run(
-            self,
-            self.scope,
-            self._names(),
-            self._row,
-            is_seen=is_seen,
-            is_closed=is_closed,
-            compact=self._compact and (is_seen or not is_closed),
-        )
+        is_closed = self._is_closed(self.scope)
+        run = Run(self, self.scope, self._names(), self._row, self._compact, is_closed)
         return run(self._haiku, method, args, kwargs)
 
     @nn.nowrap

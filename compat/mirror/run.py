@@ -21,7 +21,7 @@ from flax.core import Scope
 
 from .calls import Call, Calls
 from .names import Names, Path
-from .private import no_flax_parent
+from .private import is_flax_looking, no_flax_parent
 from .values import Values
 
 _transformed = hk.transform_with_state(operator.call)
@@ -42,24 +42,25 @@ class Run:
       make_row: Returns the Flax module that stands for a Haiku module, or for a class of
         which Flax sees no call; takes the module, the parent (a Flax module or the row's
         own scope) and the Flax name.
-      is_seen: Whether Flax looks at the calls of rows.
-      is_closed: Whether nothing at ``init`` draws from Haiku's key (see ``Mirrored``).
-      compact: Whether rows, and Flax modules in the Haiku code, are Flax's to name, as in
-        a compact method.  In general they are not: Haiku has names of its own for them.
+      is_compact: Whether the host's method is compact: rows, and Flax modules in the Haiku
+        code, are Flax's to name.  In general they are not: Haiku has names of its own for them.
+      is_closed: Whether nobody else makes modules, or draws a key (see ``Mirrored``).
     """
 
     host: nn.Module
     scope: Scope
     names: Names
     make_row: Callable[[hk.Module | type[hk.Module], nn.Module | Scope, str], Any]
-    is_seen: bool
+    is_compact: bool
     is_closed: bool
-    compact: bool
 
     def __post_init__(self) -> None:
-        self.calls = Calls(is_sending=self.is_seen or self.compact)
-        self._parenthood = contextlib.nullcontext if self.compact else no_flax_parent
-        self._values = Values(self.scope, self.names, load=not self.compact)
+        self._is_seen = is_flax_looking()
+        # Where Flax sees no call, and names nothing, its names are known.
+        self._compact = self.is_compact and (self._is_seen or not self.is_closed)
+        self.calls = Calls(is_sending=self._is_seen or self._compact)
+        self._parenthood = contextlib.nullcontext if self._compact else no_flax_parent
+        self._values = Values(self.scope, self.names, load=not self._compact)
         self._rows: dict[str, tuple[hk.Module, Any]] = {}
         self._stream: str | None = None
 
@@ -107,7 +108,7 @@ class Run:
                 return go_on(*args, **kwargs)
 
         call.__name__ = method
-        wrapped = nn.module.wrap_method_once(nn.compact(call) if self.compact else call)
+        wrapped = nn.module.wrap_method_once(nn.compact(call) if self._compact else call)
         return functools.partial(wrapped, row)
 
     def module(self, module_name: str) -> nn.Module:
@@ -138,7 +139,7 @@ class Run:
         if self._stream is not None and haiku_key() is not first:
             self.scope.rng_counters[self._stream] += 1  # the next run draws others
         self._values.keep()
-        if self.is_seen and self.host.is_initializing():
+        if self._is_seen and self.host.is_initializing():
             self._show_hidden()
 
     def _row(self, module: hk.Module) -> Any:
@@ -149,7 +150,7 @@ class Run:
         path = self.names.path(name)
         if path:  # the host is under construction otherwise, and calls a method of its own
             _, parent = self._rows.get(name.rpartition("/")[0], (None, None))
-            if parent is None or not self.compact or path in self._values.scopes:
+            if parent is None or not self._compact or path in self._values.scopes:
                 parent = self._values.scope(name)
             row = self.make_row(module, parent, path[-1])
             self._values.scopes[path] = row.scope
