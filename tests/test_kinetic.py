@@ -1,7 +1,9 @@
 """The kinetic energy by the forward Laplacian against NetKet's."""
 
 import itertools
+from collections.abc import Callable
 
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import netket as nk
@@ -10,8 +12,11 @@ import numpy as np
 import pytest
 from cases import first
 from flax import linen as nn
+from flax import nnx
 
 import compat
+import haiku_mlp
+from compat import nnx as compat_nnx
 from compat.netket import KineticEnergy
 from haiku_mlp.structure import derivatives
 
@@ -24,17 +29,23 @@ def waves(x):
     return jnp.concatenate([jnp.sin(x), jnp.cos(2 * x)], -1)
 
 
-class Waves(nn.Module):
-    """An envelope times a network of periodic features, as the documentation says."""
+def products(x):
+    return x * jnp.roll(x, 1, -1)
+
+
+class WithFeatures(nn.Module):
+    """An envelope times a network of features, as the documentation says."""
+
+    features: Callable
 
     def setup(self):
         self.mlp = compat.MLP(hidden_dims=(5, 3), hidden_activations=jnp.tanh)
 
     def __call__(self, x):
-        return envelope(x) + self.mlp(waves(x))
+        return envelope(x) + self.mlp(self.features(x))
 
     def laplacian(self, x, weights=None):
-        of_mlp = self.mlp.laplacian(x, features=waves, weights=weights)
+        of_mlp = self.mlp.laplacian(x, features=self.features, weights=weights)
         return jax.tree.map(jnp.add, of_mlp, derivatives(envelope, x, weights=weights))
 
 
@@ -56,7 +67,8 @@ class EqualMasses(compat.MLP):
 SPACE = nkx.hilbert.Particle(N=2, geometry=nkx.geometry.FreeSpace(d=2))
 MODELS = {
     "mlp": compat.MLP(hidden_dims=(5, 3), hidden_activations=jnp.tanh),
-    "waves": Waves(),
+    "waves": WithFeatures(waves),
+    "products": WithFeatures(products),
     "equal masses": EqualMasses(hidden_dims=(5,), hidden_activations=jnp.tanh),
     "mixing": compat.MLP(hidden_dims=(5,), hidden_activations=jax.nn.softmax),
     "of a graph": OfAGraph(),
@@ -98,14 +110,50 @@ def test_equals_netkets(name, mass):
     assert_same(state_of(MODELS[name]), *operators)
 
 
-@pytest.mark.parametrize("chunk_size", first({4}, [None, 4]))
-def test_in_a_sum_with_a_potential(chunk_size):
+def test_complex_masses():
+    state, mass = state_of(MODELS["mlp"]), [1.0, 2j, 1 - 3j, 4.0]
+    ours, theirs = (
+        state.local_estimators(of(SPACE, mass)).data
+        for of in (KineticEnergy, nk.operator.KineticEnergy)
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("name", "chunk_size"),
+    first({("mlp", 4), ("waves", 4)}, [("mlp", None), *((name, 4) for name in MODELS)]),
+)
+def test_in_a_sum_with_a_potential(name, chunk_size):
     potential = nk.operator.PotentialEnergy(SPACE, lambda x: 0.5 * jnp.sum(x**2))
     assert_same(
-        state_of(MODELS["mlp"], chunk_size=chunk_size),
+        state_of(MODELS[name], chunk_size=chunk_size),
         KineticEnergy(SPACE, 1.0) + potential,
         nk.operator.KineticEnergy(SPACE, 1.0) + potential,
     )
+
+
+def haiku_model(x):
+    return haiku_mlp.MLP(hidden_dims=(5,), hidden_activations=jnp.tanh)(x)
+
+
+OTHERS = {
+    "haiku": lambda: {"model": hk.transform(haiku_model)},
+    "nnx": lambda: {
+        "model": compat_nnx.MLP(4, hidden_dims=(5,), hidden_activations=jnp.tanh, rngs=nnx.Rngs(0))
+    },
+    "function": lambda: {
+        "model": None,
+        "apply_fun": lambda variables, x, **_: MODELS["mlp"].apply(variables, x),
+        "variables": MODELS["mlp"].init(jax.random.key(0), jnp.ones((1, 4))),
+    },
+}
+
+
+@pytest.mark.parametrize("name", first({"function"}, OTHERS))
+def test_models_of_other_frameworks(name):
+    """To which NetKet gives no method, in part without a word."""
+    operators = (of(SPACE, 2.0) for of in (KineticEnergy, nk.operator.KineticEnergy))
+    assert_same(state_of(**OTHERS[name]()), *operators)
 
 
 def test_takes_the_laplacian_of_the_model():

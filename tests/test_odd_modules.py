@@ -142,6 +142,7 @@ class UsedUp(hk.Module):
         return x
 
 
+START = {name: jnp.zeros(()) for name in "abcde"}
 STATES = {
     "a mapping, then none": lambda s: 1 + (s["a"] if isinstance(s, dict) else s),
     "in turn": lambda s: s["a"] if isinstance(s, dict) else {"a": s + 1},
@@ -150,14 +151,14 @@ STATES = {
     "None": lambda s: None if isinstance(s, dict) else {"a": jnp.ones(())},
     "longer": lambda s: [s] if isinstance(s, dict) else [*s, jnp.ones(())],
 }
+CHANGES = [(START, changed) for changed in STATES.values()] + [(None, lambda s: s or START)]
 
 
-@pytest.mark.parametrize("changed", STATES.values(), ids=STATES)
+@pytest.mark.parametrize(("start", "changed"), CHANGES, ids=[*STATES, "None first"])
 @pytest.mark.parametrize("is_root", [True, False])
-def test_state_that_changes_its_structure(changed, is_root):
+def test_state_that_changes_its_structure(start, changed, is_root):
     class Changing(hk.Module):
         def __call__(self):
-            start = {name: jnp.zeros(()) for name in "abcde"}
             state = hk.get_state("s", (), init=lambda *_: start)
             hk.set_state("s", changed(state))
             return state

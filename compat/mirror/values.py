@@ -80,7 +80,7 @@ class Values:
     def _keep(self, collection: str, tree: Mapping[str, Tree], *, overwrite: bool = False) -> None:
         found = getattr(self, collection)
         for module_name, name, value in hk.data_structures.traverse(tree):
-            if value is found.get(module_name, {}).get(name):
+            if value is found.get(module_name, {}).get(name, hk.DO_NOT_STORE):
                 continue
             scope = self.scope(module_name)
             plain, key = (self.names.key(collection, module_name, name, v) for v in (None, value))

@@ -21,7 +21,8 @@ class KineticEnergy(nk.operator.KineticEnergy):
     :meth:`compat.MLP.laplacian` does, gives it by one forward pass.  For masses that differ
     the method is called as ``laplacian(x, weights=inverse_masses)``.  NetKet's own path runs,
     with the same result, for models without the method or, there, without ``weights``, where it
-    returns something else, and for activations that mix entries.
+    returns something else, for models that are not of Linen, for complex masses, and for
+    activations that mix entries.
 
     Args:
       hilbert: The Hilbert space, a continuous one.
@@ -62,7 +63,7 @@ class KineticEnergy(nk.operator.KineticEnergy):
     # NetKet asks operators of continuous spaces for their local values here; a dispatch by
     # type of state would not reach an operator that stands in a sum with a potential.
     def _expect_kernel(self, logpsi: Callable, params: Any, x: jax.Array) -> jax.Array:
-        if _takes(logpsi, params, x, method=None):
+        if _runs_methods(logpsi, params, x) and not jnp.iscomplexobj(self.mass):
             try:
                 return logpsi(params, x, method=self._local_values)
             except (_NoLaplacianError, MixedEntriesError):
@@ -87,8 +88,30 @@ class _NoLaplacianError(Exception):
     """The model has no method ``laplacian`` that takes and returns what it should."""
 
 
+def _runs_methods(logpsi: Callable, params: Any, x: jax.Array) -> bool:
+    """Returns whether ``logpsi`` runs the function that is given as ``method``.
+
+    Linen's modules do.  Of what NetKet makes of other frameworks' models some take no notice.
+    """
+
+    def method(model: Any, x: jax.Array) -> None:
+        raise _ReachedError
+
+    try:
+        jax.eval_shape(lambda: logpsi(params, x, method=method))
+    except _ReachedError:
+        return True
+    except Exception:  # whatever it raises, the model's own call decides what is said
+        return False
+    return False
+
+
+class _ReachedError(Exception):
+    """The function was run."""
+
+
 def _takes(function: Callable, *args: Any, **kwargs: Any) -> bool:
-    """Returns whether a function, which NetKet may have wrapped, takes these arguments."""
+    """Returns whether a function takes these arguments."""
     try:
         inspect.signature(function).bind(*args, **kwargs)
     except TypeError:

@@ -52,13 +52,17 @@ def derivatives(
     x = jnp.asarray(x)
 
     def of_one(weights: jax.Array | None, x: jax.Array) -> Derivatives:
-        directions = jnp.eye(len(x), dtype=x.dtype)
-        slopes, curvatures = jax.vmap(functools.partial(along, function, x))(directions)
+        slopes, curvatures = jax.vmap(functools.partial(along, function, x))(directions(x))
         if weights is not None:
             curvatures = jnp.moveaxis(jnp.moveaxis(curvatures, 0, -1) * weights, -1, 0)
         return Derivatives(function(x), jnp.moveaxis(slopes, 0, -1), jnp.sum(curvatures, 0))
 
     return map_samples(of_one, weights, (x,), x.ndim - 1, entries=x.shape[-1] ** 2)
+
+
+def directions(x: jax.Array) -> jax.Array:
+    """Returns the unit vectors ``(N, N)`` of a space, spread over devices as ``x (N,)`` is."""
+    return jnp.diag(jnp.ones_like(x))
 
 
 def along(

@@ -9,7 +9,7 @@ import numpy as np
 
 from haiku_mlp.linear import common_dtype
 from haiku_mlp.structure.dependence import SEVERAL, owners
-from haiku_mlp.structure.derivatives import along
+from haiku_mlp.structure.derivatives import along, directions
 from haiku_mlp.structure.layers import Layer
 
 Features = Callable[[jax.Array], jax.Array]
@@ -68,8 +68,7 @@ class _OfFeatures(Inputs):
         self.features = features
 
     def at(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        directions = jnp.eye(len(x), dtype=x.dtype)
-        slopes, curvatures = jax.vmap(lambda d: along(self.features, x, d))(directions)
+        slopes, curvatures = jax.vmap(lambda d: along(self.features, x, d))(directions(x))
         weights = jnp.ones_like(x) if self.weights is None else self.weights
         times_w = Layer(self.layer.w, precision=self.layer.precision).affine
         z = self.layer.affine(self.features(x))
