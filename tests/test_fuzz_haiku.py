@@ -7,12 +7,14 @@ refuses), one of them in writing back the state of a tree that ``compat.to_flax`
 ``pytest --hypothesis-profile=new tests/test_fuzz_haiku.py`` tries 1000 new ones.
 """
 
+import functools
 import re
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from comparison import assert_identical, outcome, root_key
 from hypothesis import given
 from hypothesis import strategies as st
@@ -83,6 +85,29 @@ def lifted(node, x, name):
     inner = hk.transform(lambda x: run(node, x))
     params = hk.lift(inner.init, name=name or "lifted")(hk.next_rng_key(), x)
     return inner.apply(params, hk.next_rng_key(), x)
+
+
+def lifted_with_state(node, x, name):
+    return with_state(lambda init: hk.lift_with_state(init, name=name or "lifted"), node, x)
+
+
+def transparently_lifted_with_state(node, x, name):
+    return with_state(hk.experimental.transparent_lift_with_state, node, x)
+
+
+def with_state(lift, node, x):
+    inner = hk.transform_with_state(lambda x: run(node, x))
+    init, updater = lift(inner.init)
+    output, state = inner.apply(*init(hk.next_rng_key(), x), hk.next_rng_key(), x)
+    updater.update(state)
+    return output
+
+
+def choice(choose, node, x, name):
+    branches = [Net(node, name=name), hk.Linear(3)]
+    if hk.running_init():  # a branch alone makes its own values alone
+        return branches[1](branches[0](x))
+    return choose(branches, x)
 
 
 def gradient(node, x, name):
@@ -180,21 +205,22 @@ BRANCHES = {
     "residual": lambda node, x, name: x + run(node, x),
     "name scope": scope,
     "remat": lambda node, x, name: hk.remat(Net(node, name=name))(x),
-    "jit": lambda node, x, name: hk.jit(Net(node, name=name))(x),
     "scan": scan,
     "fori_loop": fori_loop,
     "layer_stack": lambda node, x, name: hk.experimental.layer_stack(2, name=name)(
         lambda x: run(node, x)
     )(x),
     "vmap": lambda node, x, name: hk.vmap(Net(node, name=name), split_rng=False)(x),
-    "cond": lambda node, x, name: hk.cond(jnp.sum(x) > 0, Net(node, name=name), hk.Linear(3), x),
-    "switch": lambda node, x, name: hk.switch(1, [hk.Linear(3), Net(node, name=name)], x),
+    "cond": functools.partial(choice, lambda nets, x: hk.cond(jnp.sum(x) > 0, *nets, x)),
+    "switch": functools.partial(choice, lambda nets, x: hk.switch(1, nets, x)),
     "while_loop": while_loop,
     "hooks": hooks,
     "with_rng": with_key,
     "grad": gradient,
     "lift": lifted,
+    "lift_with_state": lifted_with_state,
     "transparent_lift": transparently_lifted,
+    "transparent_lift_with_state": transparently_lifted_with_state,
 }
 
 
@@ -247,6 +273,17 @@ def both_raised(ours, theirs):
     raised = [isinstance(outcome, Exception) for outcome in (ours, theirs)]
     assert raised[0] == raised[1], (ours, theirs)
     return all(raised)
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_branches_run_in_haiku(branch):
+    """Where Haiku refuses a tree, its test asks no more than that we do."""
+    net = hk.transform_with_state(lambda x: run((branch, None, ("linear", None)), x))
+
+    def both(key, x):
+        return net.apply(*net.init(key, x), key, x)[0]
+
+    assert jax.eval_shape(both, KEY, X).shape == X.shape
 
 
 @given(node=TREES, face=st.sampled_from(sorted(FACES)), jit=st.booleans())
