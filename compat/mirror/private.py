@@ -5,10 +5,13 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from flax import nnx
 from flax.linen import module as flax_module
 from haiku._src import base as haiku_base
+
+if TYPE_CHECKING:
+    from flax import nnx
 
 
 def haiku_context() -> object:
@@ -33,12 +36,14 @@ def is_flax_looking() -> bool:
     return is_captured or bool(context.call_info_stack or flax_module._global_interceptor_stack)
 
 
-def is_capturing(module: nnx.Module) -> bool:
+def is_capturing(module: "nnx.Module") -> bool:
     """Returns whether ``nnx.capture`` is looking at an NNX module.
 
     ``sow`` and ``perturb`` are deprecated elsewhere, and would change the module.  Flax
     keeps what it captures in an attribute; before ``nnx.capture`` there was nothing else.
     """
+    from flax import nnx  # which Linen's users need not wait for
+
     return hasattr(module, "__captures__") or not hasattr(nnx, "capture")
 
 
