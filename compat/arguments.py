@@ -37,6 +37,8 @@ class Given:
 
     def __init__(self, hk_cls: type[hk.Module], arguments: dict[str, Any]):
         self._class, self._arguments = hk_cls, arguments
+        # What Haiku calls the module, by its name in Flax.
+        self.module_names: dict[str | None, str] = {}
 
     @classmethod
     def split(cls, hk_cls: type[hk.Module], arguments: dict[str, Any]) -> tuple["Given", Modules]:

@@ -26,7 +26,7 @@ def tangent_kernel(
       params: The parameters; for ``model.apply`` the variables, of which the collection
         ``params`` counts.
       x: Inputs ``(B, ...)``, or a tree of them.
-      y: Other inputs for the columns; None: ``x``.
+      y: Other inputs of the same shapes for the columns; None: ``x``.
       chunk_size: As for :func:`haiku_mlp.tangent_kernel`.
       centered: As for :func:`haiku_mlp.tangent_kernel`.
 

@@ -25,8 +25,6 @@ class Wrapped(Mirrored):
     _haiku_class: ClassVar[type[hk.Module]]
     # The names of its arguments, by the names that they have here.
     _arguments: ClassVar[dict[str, str]]
-    # What Haiku calls its modules, by what they are made of: hashes, which keep nothing alive.
-    _roots: ClassVar[dict[tuple[int, str | None], str]]
 
     haiku_arguments: Given
     # Those of the arguments that are Flax modules: Flax looks for submodules in fields.
@@ -35,7 +33,7 @@ class Wrapped(Mirrored):
     @classmethod
     def __init_subclass__(cls, haiku: type[hk.Module] | None = None, **kwargs: Any) -> None:
         if haiku is not None:
-            cls._haiku_class, cls._roots = haiku, {}
+            cls._haiku_class = haiku
             cls._arguments, cls.__signature__ = _signature(haiku)
         if "__init__" not in vars(cls):
             cls.__init__ = _init  # type: ignore[method-assign]  # Flax's takes the fields
@@ -49,10 +47,10 @@ class Wrapped(Mirrored):
 
     @nn.nowrap
     def _names(self) -> Names:
-        made_of = hash(self.haiku_arguments), self.name
-        if made_of not in self._roots:
-            self._roots[made_of] = _module_name(self._haiku)
-        return Names(root=self._roots[made_of])
+        names = self.haiku_arguments.module_names
+        if self.name not in names:
+            names[self.name] = _module_name(self._haiku)
+        return Names(root=names[self.name])
 
     @nn.nowrap
     def _haiku(self) -> hk.Module:

@@ -89,7 +89,8 @@ def _smallest_eigenvalue(factor: tuple[jax.Array, bool]) -> jax.Array:
     size = jnp.ones((), lower.real.dtype)
     growth = size
     for _ in range(_ITERATIONS):
-        vector = jax.scipy.linalg.cho_solve(factor, vector / jnp.linalg.norm(vector))
+        norm = jnp.linalg.norm(vector).astype(vector.dtype)
+        vector = jax.scipy.linalg.cho_solve(factor, vector / norm)
         growth *= jnp.linalg.norm(vector)
     return growth ** (-1 / _ITERATIONS)
 

@@ -384,15 +384,79 @@ def test_several_positions_of_two_batches():
         assert_close(ours, expected[..., 0, 0], 1e-12)
 
 
+TWO_WAYS = {
+    "rows and columns": lambda w, x: (
+        jnp.sum(jnp.tanh(x[..., None] + w[None]), (1, 2))
+        + jnp.sum(jnp.sin(x[:, None] ** 2 * w.T[None]), (1, 2))
+    ),
+    "transposed and not, added": lambda w, x: (
+        jnp.sum(jnp.tanh(_square(x) + w[None]), (1, 2))
+        + jnp.sum(jnp.sin(_square(x) ** 2 + w.T[None]), (1, 2))
+    ),
+    "two orders": lambda w, x: (
+        jnp.tanh(w.ravel()[:6] * x).sum(1)
+        + jnp.sin(jnp.ravel(w, order="F")[None] + x[:, :1]).sum(1)
+    ),
+    "outer product and bias": lambda w, x: (
+        jnp.tanh(jnp.einsum("bi,cd->bicd", x, w)).sum((1, 2, 3))
+        + jnp.sum(jnp.sin(_square(x) + w[None]), (1, 2))
+    ),
+    "outer product of one and bias": lambda w, x: (
+        jnp.tanh(jnp.einsum("b,cd->bcd", x[:, 0], w)).sum((1, 2))
+        + jnp.sum(jnp.sin(_square(x) + w[None]), (1, 2))
+    ),
+}
+
+
+def _square(x):
+    return jnp.stack([x] * 6, 1)
+
+
+@pytest.mark.parametrize("function", TWO_WAYS.values(), ids=TWO_WAYS)
+def test_a_parameter_used_in_two_ways(function):
+    """Whose derivatives are in other orders, or of other shapes."""
+    x = 0.3 * X + 0.1 * jnp.arange(6.0)[None]
+    assert_is_dense(lambda w, x: function(w, x), np.random.default_rng(2).normal(size=(6, 6)), x)
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_half_precision_in_sums_of_many_terms(is_own):
+    """So many that a sum of bfloat16 would keep the first ones alone."""
+    size, x = 640, np.random.default_rng(0).uniform(0.5, 1, (3, 24, 640)).astype(jnp.bfloat16)
+
+    def function(w, x):
+        return (x @ w).mean((1, 2)).astype(jnp.float32)
+
+    w = jnp.zeros((size, size), jnp.bfloat16)
+    assert [route.route for route in haiku_mlp.kernel_plan(function, w, x)] == ["gram"]
+    ours = haiku_mlp.tangent_kernel(function, w, x, None if is_own else x)
+    means = jnp.asarray(x, float).mean(1)
+    assert_close(ours.astype(float), means @ means.T / size, 0.02)
+
+
+def test_large_half_precision_products():
+    """Of inputs and of signals, one of which float16 does not hold."""
+    x, w = 150 * X.astype(jnp.float16), jnp.zeros((6, 8), jnp.float16)
+    ours = haiku_mlp.tangent_kernel(lambda w, x: (x @ w).mean(1) / 8, w, x)
+    assert ours.dtype == jnp.float16
+    assert_close(ours.astype(float), (x.astype(float) @ x.astype(float).T) / 512, 2e-3)
+
+
+def test_samples_of_other_shapes():
+    """A program for sets of six, which their mean divides by, is none for sets of three."""
+    with pytest.raises(ValueError, match="must have the same shapes"):
+        haiku_mlp.tangent_kernel(lambda w, x: jnp.tanh(w * x.mean(1)), jnp.ones(()), X, X[:, :3])
+
+
 def test_centered_is_of_one_batch():
     with pytest.raises(ValueError, match="leave out y"):
         haiku_mlp.tangent_kernel(lambda p, x: x @ p, jnp.ones(6), X, Y, centered=True)
 
 
-def assert_is_dense(function, params):
+def assert_is_dense(function, params, x=X):
     def both(params):
-        ours = compat.tangent_kernel(function, params, X)
-        return ours, dense_kernel(function, params, X)[..., 0, 0]
+        ours = compat.tangent_kernel(function, params, x)
+        return ours, dense_kernel(function, params, x)[..., 0, 0]
 
     assert_close(*jax.jit(both)(params), 1e-12)
 

@@ -221,3 +221,24 @@ def test_faces_take_features_and_weights():
         return model.apply(params, "laplacian", x, **options), expected
 
     assert_close(*jax.jit(both)(x), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [float, complex])
+def test_strict_promotion(dtype):
+    layers, weights = network(4, 3, 1, dtype=dtype), jnp.arange(1.0, 5.0)
+    x = inputs(4).astype(jnp.float32)
+    expected = laplacian(layers, x, weights=weights)
+    with jax.numpy_dtype_promotion("strict"):
+        assert_close(laplacian(layers, x, weights=weights), expected, 1e-12)
+
+
+@pytest.mark.parametrize("weights", [[1.0, 2.0, -3.0], np.array([1.0, 2.0, -3.0])])
+def test_derivatives_of_several_outputs_by_single_precision(weights):
+    def function(x):
+        return jnp.stack([jnp.sum(x**2), jnp.prod(x)])
+
+    x = inputs(3).astype(jnp.float32)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        at = derivatives(function, x, weights=weights)
+    assert at.laplacian.dtype == jnp.float32
+    np.testing.assert_array_equal(at.laplacian, np.zeros((3, 2)))  # 2 (1 + 2 - 3), 0

@@ -118,6 +118,21 @@ class TestConfigurations:
         ours = jax.jit(functools.partial(at_configurations, network))(x, y)
         assert_close(ours, jax.jit(functools.partial(forward, network))(y), 1e-14)
 
+    @pytest.mark.parametrize("dtypes", [(jnp.int8, float), (float, jnp.int8)])
+    def test_samples_and_configurations_of_other_dtypes(self, dtypes):
+        single = (layer.w.astype(jnp.float32) for layer in self.network())
+        network = tuple(Layer(w, activation=jnp.tanh) for w in single)
+        x, y = (
+            part.astype(dtype) for part, dtype in zip(self.configurations(2), dtypes, strict=True)
+        )
+        assert_close(at_configurations(network, x, y), forward(network, y.astype(float)), 1e-14)
+
+    def test_strict_promotion(self):
+        network, (x, y) = self.network(dtype=complex), self.configurations(2)
+        expected = forward(network, y)
+        with jax.numpy_dtype_promotion("strict"):
+            assert_close(at_configurations(network, x, y), expected, 1e-14)
+
     @pytest.mark.parametrize("size", [5, 128, 129, 300])
     def test_last_and_number_of_many(self, size):
         rng = np.random.default_rng(0)

@@ -66,6 +66,37 @@ class Layers(hk.Module):
         return x
 
 
+class Named(hk.Module):
+    """Has its name from an argument."""
+
+    def __init__(self, by, name=None):
+        super().__init__(name=name or (by.__name__ if callable(by) else f"by_{abs(by)}"))
+
+    def __call__(self, x):
+        return hk.Linear(2)(x)
+
+
+def function_called(name):
+    def function():
+        """Lives no longer than the module that has it."""
+
+    function.__name__ = name
+    return function
+
+
+@pytest.mark.parametrize(
+    "makers",
+    [
+        [functools.partial(function_called, name) for name in ("encoder", "decoder", "head")],
+        [lambda: -1, lambda: -2],  # which have the same hash
+    ],
+)
+def test_each_model_leaves_out_its_own_level(makers):
+    for make in makers:
+        params = compat.wrap(Named)(make()).init(KEY, X)["params"]
+        assert list(params) == ["linear"]
+
+
 WrappedLayers = compat.wrap(Layers)
 
 

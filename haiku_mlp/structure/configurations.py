@@ -50,7 +50,10 @@ def at_configurations(
       [-89.0, -91.0, 111.0]
     """
     x, y = jnp.asarray(x), jnp.asarray(y)
-    if _is_spread_or_symbolic(y):
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.promote_types(x.dtype, y.dtype)
+    x, y = x.astype(dtype), y.astype(dtype)
+    if _is_spread_or_symbolic(x) or _is_spread_or_symbolic(y):
         most = y.shape[1] * max(layer.w.shape[-1] for layer in layers)
         return map_samples(forward, layers, (y,), 1, entries=most)
 
@@ -67,7 +70,8 @@ def at_configurations(
         pairs = zip(layers, weights, strict=True)
         return tuple(layer._replace(w=w, b=b) for layer, (w, b) in pairs)
 
-    return outputs([(layer.w, layer.b) for layer in layers], x, y)
+    with jax.numpy_dtype_promotion("standard"):  # of weights and configurations, as elsewhere
+        return outputs([(layer.w, layer.b) for layer in layers], x, y)
 
 
 def _is_spread_or_symbolic(y: jax.Array) -> bool:

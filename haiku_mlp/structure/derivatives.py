@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from haiku_mlp.linear import common_dtype
 from haiku_mlp.structure.layers import map_samples
 
 
@@ -50,11 +51,15 @@ def derivatives(
       ([-7.0], [[-1.0, -2.0, -3.0]], [-3.0])
     """
     x = jnp.asarray(x)
+    x = x.astype(common_dtype(x))
+    if weights is not None:
+        weights = jnp.asarray(weights, x.dtype)
 
     def of_one(weights: jax.Array | None, x: jax.Array) -> Derivatives:
         slopes, curvatures = jax.vmap(functools.partial(along, function, x))(directions(x))
         if weights is not None:
-            curvatures = jnp.moveaxis(jnp.moveaxis(curvatures, 0, -1) * weights, -1, 0)
+            each = weights.reshape(-1, *(1,) * (curvatures.ndim - 1))
+            curvatures *= each.astype(curvatures.dtype)
         return Derivatives(function(x), jnp.moveaxis(slopes, 0, -1), jnp.sum(curvatures, 0))
 
     return map_samples(of_one, weights, (x,), x.ndim - 1, entries=x.shape[-1] ** 2)

@@ -76,13 +76,11 @@ def laplacian(
         raise TypeError(f"x must be real, got {x.dtype}")
     x = x.astype(common_dtype(x.dtype, layers[0].w.real.dtype))
     widths = [layer.w.shape[-1] for layer in layers]
-    return map_samples(
-        functools.partial(_laplacian, features),
-        (layers, weights),
-        (x,),
-        x.ndim - 1,
-        entries=x.shape[-1] * max(widths),
-    )
+    of_one = functools.partial(_laplacian, features)
+    with jax.numpy_dtype_promotion("standard"):  # of weights and inputs, as elsewhere
+        return map_samples(
+            of_one, (layers, weights), (x,), x.ndim - 1, entries=x.shape[-1] * max(widths)
+        )
 
 
 class _Carry(NamedTuple):

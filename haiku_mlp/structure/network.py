@@ -98,6 +98,8 @@ class Network:
             (num_outputs, num_outputs), real.dtype
         )
         d, jacobians = jax.vmap(pull)(every_output)
+        # Sums of many products, of which half precision would keep the first ones alone.
+        h, d, jacobians = jax.tree.map(_at_least_single, (h, d, jacobians))
         factors = {part.leaf: self._factors(part, h, d) for part in parts if part.products}
         return ParameterDerivatives(real, factors, jax.tree.map(_real_rows, jacobians))
 
@@ -134,6 +136,10 @@ def multiplied(at: ParameterDerivatives, parts: Sequence[Part]) -> ParameterDeri
             jacobian = _product(factors.pop(part.leaf), part.precision)
             jacobians[part.leaf] = _real_rows(jacobian)
     return ParameterDerivatives(outputs, factors, jacobians)
+
+
+def _at_least_single(a: jax.Array) -> jax.Array:
+    return a.astype(jnp.promote_types(a.dtype, jnp.float32))
 
 
 def _of_one_sample(output: Any) -> jax.ShapeDtypeStruct:

@@ -56,7 +56,8 @@ def parts(leaves: Sequence[jax.Array], survey: Survey, num_outputs: int) -> list
         if products or not is_seen:
             cost = leaf.size * (2 if jnp.iscomplexobj(leaf) else 1)
             part = Part(number, {}, 0, cost, is_gram=False)
-            if is_seen and len({product.contracted for product in products.values()}) == 1:
+            kinds = {(product.contracted, product.inputs is None) for product in products.values()}
+            if is_seen and len(kinds) == 1:
                 positions = sum(p.positions * num_reals(leaf, p) for p in products.values())
                 gram = _gram_cost(leaf, products, positions, num_outputs)
                 is_gram = positions == 1 or gram <= cost
@@ -78,7 +79,7 @@ def _gram_cost(
     num_inputs = math.prod(leaf.shape[axis] for axis in first.contracted)
     cost = leaf.size // max(1, num_inputs)  # of the signals
     if first.inputs is not None:
-        cost += num_inputs // num_outputs**2  # once for all outputs
+        cost += num_inputs // max(1, num_outputs) ** 2  # once for all outputs
     if positions > 1:
         cost += _CPU_TERM if jax.default_backend() == "cpu" else _OTHER_TERM
     # By symmetry each pair of positions is needed once.

@@ -92,7 +92,7 @@ class Survey:
             if name == "transpose":
                 axes = tuple(parameter.axes[axis] for axis in options["permutation"])
                 return [parameter._replace(value=outputs[0], axes=axes)]
-            if name in _RESHAPES and outputs[0].size == parameter.value.size:
+            if name in _RESHAPES and _is_reshape(parameter, outputs[0], options):
                 return [self._shown(_reshaped(parameter, outputs[0]), None, outputs[0])]
             if name == "dot_general" and not any(options["dimension_numbers"][1]):
                 side = 0 if values[0] is parameter else 1
@@ -157,6 +157,12 @@ def as_matrix(a: jax.Array, axes: Axes) -> jax.Array:
     rows, columns = ([a.shape[axis] for axis in part] for part in axes)
     order = (*axes[0], *axes[1])
     return jnp.transpose(a, order).reshape(math.prod(rows), math.prod(columns))
+
+
+def _is_reshape(parameter: Parameter, z: Any, options: Mapping[str, Any]) -> bool:
+    """Returns whether ``z`` has the entries of the parameter, in the order that they have there."""
+    is_in_order = parameter.axes == tuple(range(len(parameter.axes)))
+    return is_in_order and z.size == parameter.value.size and not options.get("dimensions")
 
 
 def _reshaped(parameter: Parameter, z: Any) -> Product:

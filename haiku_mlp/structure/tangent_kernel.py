@@ -89,7 +89,7 @@ def tangent_kernel(
         ``apply`` of :func:`haiku.without_apply_rng`, for instance.
       params: The parameters, a tree.  One that ``function`` does not use adds nothing.
       x: Inputs ``(B, ...)``, or a tree of them.
-      y: Other inputs ``(B', ...)`` for the columns; None: ``x``.
+      y: Other inputs ``(B', ...)``, of the same shapes, for the columns; None: ``x``.
       chunk_size: Rows of the kernel, and samples whose derivatives are formed, at a time;
         None: all.
       centered: Whether to take the mean over the samples from the derivatives, as
@@ -135,6 +135,7 @@ def _kernel(
     """Returns the kernel of the derivatives, or of differences from the same for all samples."""
     params, x, y = jax.tree.map(jnp.asarray, (params, x, y))
     if y is not None:
+        _check_same_program(x, y)
         x, y = jax.tree.map(_promoted, x, y), jax.tree.map(_promoted, y, x)
     if AxisType.Explicit in _sharding(x).mesh.axis_types:
         own_rows = functools.partial(_kernel, function, chunk_size, differences)
@@ -150,7 +151,15 @@ def _kernel(
         aa, ab = jnp.split(real_rows, 2, 3)
         ba, bb = jnp.split(imag_rows, 2, 3)
         kernel = jax.lax.complex(aa + bb, ba - ab)
+    kernel = kernel.astype(network.output.dtype)
     return kernel.reshape(kernel.shape[:2] + network.output.shape * 2)
+
+
+def _check_same_program(x: Any, y: Any) -> None:
+    """Raises an error unless a sample of ``y`` runs the program of one of ``x``."""
+    shapes = [jax.tree.map(lambda a: a.shape[1:], tree) for tree in (x, y)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"samples of x and y must have the same shapes, got {shapes}")
 
 
 def _sharding(x: Any) -> NamedSharding:
