@@ -11,9 +11,9 @@ all Haiku modules, and ``compat.MLP``, NetKet's MLP and this MLP are one model f
 constructor, which a Haiku module does not have.)
 
 A call updates the state.  It draws random keys from the model's copy of the stream
-``dropout``, and only if Haiku draws (or calls ``hk.scan``, ``hk.cond`` and the like, which
-take the key along): a deterministic model may be closed over by ``jax.jit``.
-``rngs=nnx.Rngs(...)`` in a call takes the place of that stream.
+``dropout``, and only if Haiku draws, or hands its key on (``hk.scan``): a deterministic
+model may be closed over by ``jax.jit``.  ``rngs=nnx.Rngs(...)`` in a call takes the place of
+that stream.
 ``is_training`` is what ``model.train()`` and ``model.eval()`` set, unless a call gives it.
 
 A submodule may be called by itself, where it needs no values but its own, and replaced, by

@@ -491,7 +491,13 @@ def test_other_transformations():
 
 
 def test_a_deterministic_model_may_be_closed_over():
-    for model in (make_mlp(), make_net()):
+    def with_loop(x, is_training):
+        """Hands its key on even where it draws nothing."""
+        x = hk.dropout(hk.next_rng_key(), 0.5, x) if is_training else x
+        return hk.scan(lambda carry, _: (jnp.tanh(carry), None), x, None, length=2)[0]
+
+    looped = compat_nnx.HaikuFunction(with_loop, example=(X,), rngs=nnx.Rngs(0))
+    for model in (looped, make_mlp(), make_net()):
         model.eval()
         np.testing.assert_allclose(jax.jit(lambda x, m=model: m(x))(X), model(X), rtol=1e-6)
     model.train()

@@ -85,6 +85,12 @@ class Run:
             self.drew = haiku_key() is not first
             return output
 
+        def alone() -> Any:
+            haiku = make()
+            function = getattr(haiku, method) if isinstance(haiku, hk.Module) else haiku
+            return function(*args, **kwargs)
+
+        self._alone = alone
         try:
             output, state = _transformed.apply(*self.load().values(), key, body)
         except ValueError as error:
@@ -104,6 +110,14 @@ class Run:
         self._check_replaced(self.calls.classes.keys() - self._sent)
         self._keep(state)
         return output
+
+    def needs_key(self) -> bool:
+        """Returns whether the code fails without a key; ``hk.scan`` and the like hand it on."""
+        try:
+            jax.eval_shape(lambda: _transformed.apply(*self.load().values(), None, self._alone))
+        except Exception:  # it may be for want of a submodule that has been replaced
+            return True
+        return False
 
     def send(self, module: hk.Module, method: str, go_on: Call) -> Call:
         """Returns ``go_on`` as a method of the node that stands for ``module``."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import haiku as hk
-from flax import nnx
+from flax import errors, nnx
 
 from .attributes import Source
 from .caching import per_class
@@ -92,7 +92,11 @@ class Node(StandIn, metaclass=NodeClass):
         key = None if stream is None else nnx.clone(stream)()
         output = run(lambda: self._source.haiku(self._path), method, args, kwargs, key)
         if run.drew and stream is not None:
-            stream()  # counts; a call that draws nothing leaves the stream as it is
+            try:
+                stream()  # counts; a call that draws nothing leaves the stream as it is
+            except errors.TraceContextError:
+                if run.needs_key():
+                    raise
         return output
 
 

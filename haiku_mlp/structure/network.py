@@ -139,7 +139,8 @@ def multiplied(at: ParameterDerivatives, parts: Sequence[Part]) -> ParameterDeri
 
 
 def _at_least_single(a: jax.Array) -> jax.Array:
-    return a.astype(jnp.promote_types(a.dtype, jnp.float32))
+    is_half = jnp.issubdtype(a.dtype, jnp.floating) and jnp.finfo(a.dtype).bits < 32
+    return a.astype(jnp.float32) if is_half else a
 
 
 def _of_one_sample(output: Any) -> jax.ShapeDtypeStruct:
