@@ -290,6 +290,8 @@ def _variable(variable_type: type[nnx.Variable], value: Any) -> nnx.Variable:
 def get_variables(model: Face) -> dict[str, Any]:
     """Returns the variables of a model's Linen face, for ``compat.to_haiku`` for instance.
 
+    Those of a submodule that has been replaced are not among them.
+
     Example::
 
       >>> import compat
@@ -333,7 +335,8 @@ def set_variables(model: Face, variables: Mapping[str, Any]) -> None:
             )
     trees = _haiku_trees(model._source.face, variables)
     for (collection, module_name, name), path in model._source.layout.values.items():
-        put(model._at(path), trees[collection][module_name][name])
+        if name in trees[collection].get(module_name, {}):  # else another module stands there
+            put(model._at(path), trees[collection][module_name][name])
 
 
 def _haiku_trees(face: Mirrored, variables: Mapping[str, Any]) -> dict[str, HaikuTree]:

@@ -242,3 +242,10 @@ def test_derivatives_of_several_outputs_by_single_precision(weights):
         at = derivatives(function, x, weights=weights)
     assert at.laplacian.dtype == jnp.float32
     np.testing.assert_array_equal(at.laplacian, np.zeros((3, 2)))  # 2 (1 + 2 - 3), 0
+
+
+def test_complex_bias_of_real_weights():
+    first, last = network(6, 2, 1)
+    layers, x = (first._replace(b=first.b + 0.3j), last), inputs(6)
+    expected = by_brute_force(lambda x: forward(layers, x)[0], x)
+    assert_close(jax.tree.map(lambda a: a[:, 0], laplacian(layers, x)), expected, 1e-12)

@@ -816,3 +816,13 @@ def test_import_without_netket(run_fresh):
         "from compat import nnx as compat_nnx; import sys; assert 'netket' not in sys.modules"
     )
     assert run.returncode == 0, run.stderr
+
+
+def test_variables_beside_a_module_that_has_been_replaced():
+    model, other = (make_mlp(seed, hidden_dims=(4, 4)) for seed in (0, 1))
+    for each in (model, other):
+        each.block.linear_1 = nnx.Linear(4, 4, rngs=nnx.Rngs(2))
+    variables = compat_nnx.get_variables(other)
+    assert sorted(variables["params"]["MLP_0"]) == ["Dense_0", "Dense_2"]
+    compat_nnx.set_variables(model, variables)
+    assert_identical(compat_nnx.get_variables(model), variables)

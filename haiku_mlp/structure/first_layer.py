@@ -118,7 +118,7 @@ def first_layer(
 def _is_fewer_units(layers: Sequence[Layer]) -> bool:
     """Returns whether derivatives by the first layer's units take fewer products."""
     (num_inputs, num_units), *shapes = [layer.w.shape for layer in layers]
-    if jnp.iscomplexobj(layers[0].w):
+    if any(map(jnp.iscomplexobj, (layers[0].w, layers[0].b))):
         return False
     by_inputs = sum(num_inputs * n * m for n, m in shapes)
     by_units = sum(num_units * n * m for n, m in shapes[1:])
