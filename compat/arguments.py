@@ -9,6 +9,7 @@ from itertools import count
 from typing import Any
 
 import haiku as hk
+import jax
 import numpy as np
 from flax import linen as nn
 from flax.core import FrozenDict
@@ -37,8 +38,7 @@ class Given:
 
     def __init__(self, hk_cls: type[hk.Module], arguments: dict[str, Any]):
         self._class, self._arguments = hk_cls, arguments
-        # What Haiku calls the module, by its name in Flax.
-        self.module_names: dict[str | None, str] = {}
+        self._module_names: dict[str | None, str] = {}
 
     @classmethod
     def split(cls, hk_cls: type[hk.Module], arguments: dict[str, Any]) -> tuple["Given", Modules]:
@@ -77,6 +77,17 @@ class Given:
             arguments["name"] = name or self._class.__name__.lower()
         bound = self._bound(arguments)
         return self._class(*bound.args, **bound.kwargs)
+
+    def module_name(self, name: str | None, modules: Modules) -> str:
+        """Returns what Haiku calls the module, which shows when it is constructed."""
+        if name not in self._module_names:
+            found: list[str] = []
+            net = hk.transform_with_state(
+                lambda: found.append(self.construct(name, modules).module_name)
+            )
+            jax.eval_shape(net.init, jax.random.key(0))
+            self._module_names[name] = found[0]
+        return self._module_names[name]
 
     def _bound(self, arguments: Any, defaults: bool = False) -> inspect.BoundArguments:
         """Returns arguments as they are passed to the constructor."""

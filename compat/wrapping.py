@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import haiku as hk
-import jax
 from flax import linen as nn
 
 from .arguments import Given, Modules
@@ -47,10 +46,7 @@ class Wrapped(Mirrored):
 
     @nn.nowrap
     def _names(self) -> Names:
-        names = self.haiku_arguments.module_names
-        if self.name not in names:
-            names[self.name] = _module_name(self._haiku)
-        return Names(root=names[self.name])
+        return Names(root=self.haiku_arguments.module_name(self.name, self.flax_modules))
 
     @nn.nowrap
     def _haiku(self) -> hk.Module:
@@ -178,14 +174,6 @@ def _bound(cls: type[Wrapped], is_change: bool, /, *args: Any, **kwargs: Any) ->
     except TypeError as error:
         arguments = ", ".join(signature.parameters)
         raise TypeError(f"{error}: {cls.__name__} takes {arguments}") from None
-
-
-def _module_name(construct: Callable[[], hk.Module]) -> str:
-    """Returns the name that Haiku gives to a module, which shows when it is constructed."""
-    names: list[str] = []
-    transformed = hk.transform_with_state(lambda: names.append(construct().module_name))
-    jax.eval_shape(transformed.init, jax.random.key(0))
-    return names[0]
 
 
 def _rebuild(cls: type, given: Given, modules: Modules, name: str | None) -> Mirrored:

@@ -125,3 +125,9 @@ def common_dtype(*arrays: Any) -> Any:
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.result_type(*arrays)
         return dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.promote_types(dtype, "float32")
+
+
+def promoted(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns ``a`` with the dtype to which both are promoted."""
+    with jax.numpy_dtype_promotion("standard"):
+        return a if a.dtype == b.dtype else a.astype(jnp.promote_types(a.dtype, b.dtype))

@@ -811,6 +811,13 @@ def test_netket(driver):
         np.testing.assert_allclose(a, b, rtol=1e-8)
 
 
+def test_import_of_linen_faces_alone(run_fresh):
+    """``import compat`` loads NNX only where Flax's Linen does."""
+    code = "import sys, flax.linen; before = 'flax.nnx' in sys.modules; import compat; "
+    run = run_fresh(code + "assert ('flax.nnx' in sys.modules) == before")
+    assert run.returncode == 0, run.stderr
+
+
 def test_import_without_netket(run_fresh):
     run = run_fresh(
         "from compat import nnx as compat_nnx; import sys; assert 'netket' not in sys.modules"

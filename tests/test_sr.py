@@ -369,6 +369,18 @@ def test_a_new_driver_goes_on_from_a_checkpoint():
     assert_identical(other.state.parameters, driver.state.parameters)
 
 
+def test_all_steps_with_a_momentum_are_one_program():
+    """The first one too, which has none before it."""
+    step = sys.modules[natural_gradient.__module__]._step
+    state = state_of(compat.MLP(**MODELS["real"]))
+    options = {"diag_shift": 1e-2, "momentum": 0.8, "variational_state": state}
+    driver = MinSR(HAMILTONIAN, optax.sgd(0.1), **options)
+    before = step._cache_size()
+    for _ in range(2):
+        driver.compute_loss_and_update()
+    assert step._cache_size() <= before + 1
+
+
 def test_auto_chunk_size_does_not_know_the_driver():
     state = state_of(compat.MLP())
     driver = MinSR(HAMILTONIAN, optax.sgd(0.1), diag_shift=1.0, variational_state=state)

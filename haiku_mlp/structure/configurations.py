@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType
 
+from haiku_mlp.linear import promoted
 from haiku_mlp.structure import changes
 from haiku_mlp.structure.layers import Layer, forward, map_samples
 
@@ -50,9 +51,7 @@ def at_configurations(
       [-89.0, -91.0, 111.0]
     """
     x, y = jnp.asarray(x), jnp.asarray(y)
-    with jax.numpy_dtype_promotion("standard"):
-        dtype = jnp.promote_types(x.dtype, y.dtype)
-    x, y = x.astype(dtype), y.astype(dtype)
+    x, y = promoted(x, y), promoted(y, x)
     if _is_spread_or_symbolic(x) or _is_spread_or_symbolic(y):
         most = y.shape[1] * max(layer.w.shape[-1] for layer in layers)
         return map_samples(forward, layers, (y,), 1, entries=most)

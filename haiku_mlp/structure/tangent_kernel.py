@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from haiku_mlp.linear import promoted
 from haiku_mlp.structure.contraction import centered_kernel, is_coarse
 from haiku_mlp.structure.network import Network
 from haiku_mlp.structure.real_kernel import real_kernel
@@ -136,7 +137,7 @@ def _kernel(
     params, x, y = jax.tree.map(jnp.asarray, (params, x, y))
     if y is not None:
         _check_same_program(x, y)
-        x, y = jax.tree.map(_promoted, x, y), jax.tree.map(_promoted, y, x)
+        x, y = jax.tree.map(promoted, x, y), jax.tree.map(promoted, y, x)
     if AxisType.Explicit in _sharding(x).mesh.axis_types:
         own_rows = functools.partial(_kernel, function, chunk_size, differences)
         return _on_each_device(own_rows, params, x, y)
@@ -188,9 +189,3 @@ def _own(tree: Any) -> Any:
     return jax.tree.map(
         lambda leaf: jnp.where(jnp.broadcast_to(zero, leaf.shape), leaf, leaf), tree
     )
-
-
-def _promoted(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Returns ``a`` with the dtype of both: the samples run one program."""
-    with jax.numpy_dtype_promotion("standard"):
-        return a if a.dtype == b.dtype else a.astype(jnp.promote_types(a.dtype, b.dtype))
