@@ -169,19 +169,27 @@ def _check_dtype(dtype: Any) -> None:
         ) from None
 
 
-@functools.cache
 def _check_precision(precision: Any) -> None:
-    if precision is None:
-        return
+    try:
+        is_known = precision is None or _is_precision(precision)
+    except TypeError:  # it has no hash
+        is_known = False
+    if not is_known:
+        raise ValueError(
+            "precision must be a jax.lax.Precision, its name, a pair of them or None, "
+            f"got {precision!r}: give for instance 'highest'"
+        )
+
+
+@functools.cache
+def _is_precision(precision: Any) -> bool:
     # JAX keeps its own check private; dot runs it when it is traced.
     matrix = jax.ShapeDtypeStruct((1, 1), jnp.float32)
     try:
         jax.eval_shape(functools.partial(jax.lax.dot, precision=precision), matrix, matrix)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            "precision must be a jax.lax.Precision, its name, a pair of them or None, "
-            f"got {precision!r}: give for instance 'highest'"
-        ) from error
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _is_sequence(activations: Any) -> bool:

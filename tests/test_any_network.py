@@ -295,6 +295,24 @@ def test_chunks(name, y):
     assert_close(jax.jit(chunked)(variables, X, y), whole, 1e-13)
 
 
+def test_chunks_take_little_memory():
+    """The derivatives of few samples are formed at a time, down to one."""
+
+    def function(params, x):
+        return jnp.sum(jnp.sin(x[:, :1] * jnp.exp(params)), -1)
+
+    params, x = jnp.linspace(0.0, 1.0, 4096), jnp.linspace(-1.0, 1.0, 64)[:, None]
+    memory, kernels = [], []
+    for chunk_size in (None, 8, 1):
+        kernel = functools.partial(haiku_mlp.tangent_kernel, function, chunk_size=chunk_size)
+        program = jax.jit(kernel).lower(params, x).compile()
+        memory.append(program.memory_analysis().temp_size_in_bytes)
+        kernels.append(program(params, x))
+    assert memory[0] > 2 * memory[1] > 4 * memory[2]
+    for kernel in kernels[1:]:
+        assert_close(kernel, kernels[0], 1e-13)
+
+
 @pytest.mark.parametrize(
     ("name", "is_single"), cases.first({("scan", False)}, [("attention", True), ("scan", False)])
 )
@@ -535,6 +553,22 @@ def test_inputs_that_are_a_tree():
     x = {"a": X, "b": jnp.ones((5, 2, 2))}
     kernel = haiku_mlp.tangent_kernel(function, params, x)
     assert_close(kernel, X @ X.T + 16, 1e-12)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_random_keys_among_the_inputs(chunk_size):
+    """Each sample has its own, as in dropout."""
+
+    def function(params, x):
+        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (6,)))(x["keys"])
+        return (x["values"] * keep) @ params
+
+    keys = jax.random.split(jax.random.key(0), 5)
+    kept = X * jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (6,)))(keys)
+    x = {"keys": keys, "values": X}
+    for y in (None, x):
+        kernel = haiku_mlp.tangent_kernel(function, jnp.ones(6), x, y, chunk_size=chunk_size)
+        assert_close(kernel, kept @ kept.T, 1e-12)
 
 
 def test_a_function_of_no_parameters():

@@ -22,7 +22,7 @@ HERE = pathlib.Path(__file__).parent
         pytest.param(
             "scripts/four_devices.py",
             {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
-            24,
+            28,
             marks=pytest.mark.slow,
         ),
         pytest.param(

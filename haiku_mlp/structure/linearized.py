@@ -22,7 +22,8 @@ class Linearized:
 
     By the weights of a layer they are ``inputs^T signals``, by its bias ``signals``, where the
     signals are the derivatives by ``z = inputs @ w + b``.  One forward and one backward pass
-    give all that a step of stochastic reconfiguration needs.
+    give all that a step of stochastic reconfiguration needs.  For samples on one device: JAX
+    refuses the product of a batch that is spread over an Explicit mesh with itself.
 
     Args:
       layers: The layers.

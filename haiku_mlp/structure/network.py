@@ -105,7 +105,9 @@ class Network:
 
     def _zeros(self, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         """Returns zeros that in ``jax.shard_map`` are each device's own, as the inputs are."""
-        return jax.lax.full_like(self._like, 0, dtype, shape)
+        zeros = jnp.zeros(shape, dtype)
+        # The zeros may be random keys, which full_like does not make.
+        return jnp.where(jax.lax.full_like(self._like, 0, bool, shape), zeros, zeros)
 
     def _walk(self, survey: Survey, leaves: Sequence[Any], inputs: Sequence[Any]) -> Any:
         marked = [

@@ -138,9 +138,10 @@ def _kernel(
     if y is not None:
         _check_same_program(x, y)
         x, y = jax.tree.map(promoted, x, y), jax.tree.map(promoted, y, x)
-    if AxisType.Explicit in _sharding(x).mesh.axis_types:
+    explicit = [s for s in map(_sharding, jax.tree.leaves((x, y))) if _is_explicit(s.mesh)]
+    if explicit:
         own_rows = functools.partial(_kernel, function, chunk_size, differences)
-        return _on_each_device(own_rows, params, x, y)
+        return _on_each_device(own_rows, explicit[0].mesh, params, x, y)
     if any(leaf.shape[0] == 0 for leaf in jax.tree.leaves((x, y))):
         chunk_size = None  # lax.map takes no empty batch
     params, x, y = _own((params, x, y))
@@ -163,16 +164,21 @@ def _check_same_program(x: Any, y: Any) -> None:
         raise ValueError(f"samples of x and y must have the same shapes, got {shapes}")
 
 
-def _sharding(x: Any) -> NamedSharding:
-    return jax.typeof(jax.tree.leaves(x)[0]).sharding
+def _sharding(a: jax.Array) -> NamedSharding:
+    return jax.typeof(a).sharding
 
 
-def _on_each_device(kernel: Kernel, params: Any, x: Any, y: Any) -> jax.Array:
-    """Returns the kernel where each device has its own rows.
+def _is_explicit(mesh: Any) -> bool:
+    return AxisType.Explicit in mesh.axis_types
+
+
+def _on_each_device(kernel: Kernel, mesh: Any, params: Any, x: Any, y: Any) -> jax.Array:
+    """Returns the kernel where each device has its own rows, those of its part of ``x``.
 
     On an Explicit mesh JAX asks where the result of each product goes.
     """
-    mesh, rows = _sharding(x).mesh, PartitionSpec(_sharding(x).spec[0])
+    axes = [s.spec[0] for s in map(_sharding, jax.tree.leaves(x)) if _is_explicit(s.mesh)]
+    rows = PartitionSpec(next(filter(None, axes), None))
     specs = PartitionSpec(), rows, PartitionSpec()
     places = tuple(NamedSharding(mesh, spec) for spec in specs)
     placed = jax.sharding.reshard((params, x, x if y is None else y), places)

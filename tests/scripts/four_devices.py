@@ -173,6 +173,33 @@ def test_tangent_kernel_of_a_network(kind, chunk_size):
             np.testing.assert_allclose(jax.jit(shard)(variables, x, X), whole, rtol=ROUNDING)
 
 
+@pytest.mark.parametrize("of_keys", [P(), P("data")])
+@pytest.mark.parametrize(("of_x", "of_y"), [(P("data"), P("data")), ("host", P("data"))])
+def test_tangent_kernel_where_part_of_the_inputs_is_spread(of_x, of_y, of_keys):
+    def function(params, inputs):
+        x, keys = inputs
+        noise = jax.vmap(lambda key: jax.random.normal(key, (4,)))(keys)
+        return jnp.tanh(x @ params) @ params[0] + noise @ params[:, 0]
+
+    params, keys = jnp.asarray(X[:4]), jax.random.split(KEY, 8)
+    x, y = (X, keys), (X[::-1], keys)
+    whole = haiku_mlp.tangent_kernel(function, params, x, y)
+    mesh = worker.make_mesh(4, 1, AxisType.Explicit)
+    with jax.set_mesh(mesh):
+
+        def placed(inputs, spec):
+            if spec == "host":
+                return inputs
+            return tuple(
+                jax.device_put(a, NamedSharding(mesh, s))
+                for a, s in zip(inputs, (spec, of_keys), strict=True)
+            )
+
+        kernel = haiku_mlp.tangent_kernel(function, params, placed(x, of_x), placed(y, of_y))
+    assert kernel.sharding.spec[0] == (None if of_x == "host" else "data")
+    np.testing.assert_allclose(kernel, whole, rtol=ROUNDING, atol=ROUNDING)
+
+
 def boxed_mlp():
     init = nn.with_partitioning(jax.nn.initializers.lecun_normal(), ("inputs", "hidden"))
     return nn.Sequential([compat.blocks.MLP(8, kernel_init=init), jnp.tanh, nn.Dense(1)])
