@@ -120,8 +120,8 @@ def natural_gradient(
       previous: The step before this one; None: there was none.
 
     Returns:
-      The step to be subtracted, a tree like ``params`` with its dtypes.  Give it to
-      ``optax.sgd`` as the gradient.
+      The step to be subtracted, a tree like ``params`` with its dtypes, zero for integers.
+      Give it to ``optax.sgd`` as the gradient.
 
     Raises:
       ValueError: As for :func:`min_sr`; or the outputs are not shaped as the residuals, or
@@ -156,22 +156,36 @@ def natural_gradient(
     """
     kernel, residuals = jnp.asarray(kernel), jnp.asarray(residuals)
     params = after(params, kernel)
-    outputs, pull = jax.vjp(function, params)
-    _check_outputs(outputs, params, kernel, residuals)
+    leaves, structure = jax.tree.flatten(params)
+    # By their place, those that have derivatives.
+    numbers = {i: leaf for i, leaf in enumerate(leaves) if _is_number(leaf)}
+
+    def of_numbers(numbers: dict[int, jax.Array]) -> jax.Array:
+        values = [numbers.get(i, leaf) for i, leaf in enumerate(leaves)]
+        return function(jax.tree.unflatten(structure, values))
+
+    outputs, pull = jax.vjp(of_numbers, numbers)
+    _check_outputs(outputs, numbers, kernel, residuals)
     if not jnp.iscomplexobj(outputs):
         residuals = residuals.real
     with jax.numpy_dtype_promotion("standard"):  # a step has the dtypes of the parameters
         if previous is not None:
-            previous = jax.tree.map(_like, previous, params)
+            given = jax.tree.leaves(jax.tree.map(lambda _, old: old, params, previous))
+            before = {i: _like(given[i], leaf) for i, leaf in numbers.items()}
             # Not by jax.jvp: a function with a backward pass of its own may have no forward one.
-            (change,) = jax.linear_transpose(pull, outputs)((previous,))
+            (change,) = jax.linear_transpose(pull, outputs)((before,))
             residuals = residuals - _like(momentum * change, change)
         weights = min_sr(kernel, residuals, damping, centered=centered)
         (step,) = pull(_like(jnp.conj(weights), outputs))
         step = jax.tree.map(jnp.conj, step)
-        if previous is None:
-            return step
-        return jax.tree.map(lambda new, old: new + _like(momentum * old, new), step, previous)
+        if previous is not None:
+            step = jax.tree.map(lambda new, old: new + _like(momentum * old, new), step, before)
+    steps = [step.get(i, jnp.zeros_like(leaf)) for i, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(structure, steps)
+
+
+def _is_number(leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
 def _like(a: Any, other: Any) -> jax.Array:

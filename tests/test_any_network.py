@@ -437,6 +437,61 @@ def test_a_parameter_used_in_two_ways(function):
     assert_is_dense(lambda w, x: function(w, x), np.random.default_rng(2).normal(size=(6, 6)), x)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda w, z: (z @ w.astype(float)).sum(-1),
+        lambda w, z: (z + w.astype(float).astype(complex)[0]).sum(-1),
+    ],
+    ids=["product", "bias"],
+)
+@pytest.mark.filterwarnings("ignore:Casting:Warning")
+def test_a_complex_parameter_cast_to_real(function):
+    """Of which the network does not see the imaginary part, though it is complex itself."""
+    w = np.random.default_rng(2).normal(size=(6, 6, 2)) @ np.array([1, 1j])
+    assert_is_dense(lambda w, x: jnp.tanh(0.1 * function(w, (1 + 2j) * x)).real, w)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int32", "bool"])
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_integers_that_no_product_has_converted(dtype, chunk_size):
+    x = jnp.full((2, 64), {"int8": 100, "int32": 70000, "bool": True}[dtype], dtype)
+
+    def function(w, x):
+        return jax.lax.dot(x, w, preferred_element_type=jnp.float32).sum(-1)
+
+    w = jnp.ones((64, 3), jnp.float32)
+    kernel = haiku_mlp.tangent_kernel(function, w, x, chunk_size=chunk_size)
+    expected = jnp.full((2, 2), 3 * 64 * float(x[0, 0]) ** 2)
+    assert_close(kernel.astype(float), expected, 1e-6)
+
+
+def test_products_of_two_dtypes_where_promotion_is_strict():
+    def function(w, x):
+        single = x.astype(jnp.float32) @ w.astype(jnp.float32)
+        return jnp.sum(x @ w + single.astype(float), -1)
+
+    with jax.numpy_dtype_promotion("strict"):
+        kernel = haiku_mlp.tangent_kernel(function, jnp.ones((6, 3)), X)
+    assert_close(kernel, 3 * 4 * X @ X.T, 1e-6)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize(
+    ("function", "x", "expected"),
+    [
+        (lambda p, x: (x @ p["w"]).sum(1) + x @ p["v"], X, X @ X.T),
+        (lambda p, x: x[:, :0] * p["v"][0], X, jnp.ones((5, 5, 0, 0))),
+        (lambda p, x: x[0] @ p["v"], (X, jnp.ones((5, 0))), X @ X.T),
+    ],
+    ids=["parameter", "outputs", "features"],
+)
+def test_what_is_empty(function, x, expected, chunk_size):
+    params = {"v": jnp.ones(6), "w": jnp.ones((6, 0))}
+    kernel = haiku_mlp.tangent_kernel(function, params, x, chunk_size=chunk_size)
+    np.testing.assert_allclose(kernel, expected, rtol=1e-12)
+
+
 @pytest.mark.parametrize("is_own", [True, False])
 def test_half_precision_in_sums_of_many_terms(is_own):
     """So many that a sum of bfloat16 would keep the first ones alone."""

@@ -6,6 +6,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from cases import cover
 from comparison import assert_close
@@ -244,6 +245,35 @@ class TestNaturalGradient:
             jax.tree.leaves(jax.jit(step)(params, params)), jax.tree.leaves(expected), strict=True
         ):
             assert_close(a, b, 1e-10)
+
+    @pytest.mark.parametrize("momentum", [0.0, 0.5])
+    def test_integers_among_the_parameters(self, momentum):
+        """They stay as they are, in optax too."""
+        x, residuals = normal(5, 4), normal(5)
+        params = {"w": normal(4, 4), "table": jnp.arange(4), "v": normal(4)}
+
+        def outputs(params):
+            return jnp.tanh(x @ params["w"])[:, params["table"]] @ params["v"]
+
+        def alone(numbers):
+            return outputs({**params, **numbers})
+
+        def step(function, params, previous):
+            return haiku_mlp.natural_gradient(
+                function, params, kernel, residuals, 0.1, momentum=momentum, previous=previous
+            )
+
+        kernel = haiku_mlp.tangent_kernel(lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"], params, x)
+        numbers = {name: params[name] for name in ("w", "v")}
+        expected = found = None
+        for _ in range(2):
+            expected, found = step(alone, numbers, expected), step(outputs, params, found)
+            table = found.pop("table")
+            np.testing.assert_array_equal(table, jnp.zeros(4, int), strict=True)
+            jax.tree.map(np.testing.assert_array_equal, found, expected)
+            found["table"] = table
+        kept = optax.apply_updates(params, found)["table"]
+        np.testing.assert_array_equal(kept, params["table"], strict=True)
 
     def test_momentum_of_a_function_with_a_backward_pass_alone(self):
         @jax.custom_vjp

@@ -1,5 +1,6 @@
 """A function of parameters and samples as a program for one sample, and its derivatives."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -98,8 +99,8 @@ class Network:
             (num_outputs, num_outputs), real.dtype
         )
         d, jacobians = jax.vmap(pull)(every_output)
-        # Sums of many products, of which half precision would keep the first ones alone.
-        h, d, jacobians = jax.tree.map(_at_least_single, (h, d, jacobians))
+        summable = functools.partial(_summable, dtype=real.dtype)
+        h, d, jacobians = jax.tree.map(summable, (h, d, jacobians))
         factors = {part.leaf: self._factors(part, h, d) for part in parts if part.products}
         return ParameterDerivatives(real, factors, jax.tree.map(_real_rows, jacobians))
 
@@ -127,7 +128,9 @@ class Network:
         ]
         inputs = [factors.h for factors in pairs if factors.h is not None]
         signals = [factors.d for factors in pairs]
-        return Factors(jnp.concatenate(inputs) if inputs else None, jnp.concatenate(signals, 1))
+        with jax.numpy_dtype_promotion("standard"):
+            all_inputs = jnp.concatenate(inputs) if inputs else None
+            return Factors(all_inputs, jnp.concatenate(signals, 1))
 
 
 def multiplied(at: ParameterDerivatives, parts: Sequence[Part]) -> ParameterDerivatives:
@@ -140,9 +143,14 @@ def multiplied(at: ParameterDerivatives, parts: Sequence[Part]) -> ParameterDeri
     return ParameterDerivatives(outputs, factors, jacobians)
 
 
-def _at_least_single(a: jax.Array) -> jax.Array:
-    is_half = jnp.issubdtype(a.dtype, jnp.floating) and jnp.finfo(a.dtype).bits < 32
-    return a.astype(jnp.float32) if is_half else a
+def _summable(a: jax.Array, dtype: Any) -> jax.Array:
+    """Returns factors in a dtype in which many products can be summed.
+
+    Half precision would keep the first ones alone, and integers overflow.
+    """
+    if is_number(a):
+        dtype = a.dtype
+    return a.astype(jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype)
 
 
 def _of_one_sample(output: Any) -> jax.ShapeDtypeStruct:
@@ -172,7 +180,7 @@ def _product(factors: Factors, precision: Any) -> jax.Array:
 
 def _real_rows(jacobian: jax.Array) -> jax.Array:
     """Returns ``(O, size)``, whose products sum over real and imaginary parts."""
-    rows = jacobian.reshape(len(jacobian), -1)
+    rows = jacobian.reshape(len(jacobian), math.prod(jacobian.shape[1:]))
     return jnp.concatenate([rows.real, rows.imag], 1) if jnp.iscomplexobj(rows) else rows
 
 

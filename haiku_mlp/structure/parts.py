@@ -53,7 +53,7 @@ def parts(leaves: Sequence[jax.Array], survey: Survey, num_outputs: int) -> list
     for number, leaf in enumerate(leaves):
         products = {n: p for n, p in enumerate(survey.products) if p.parameter == number}
         is_seen = number not in survey.others
-        if products or not is_seen:
+        if leaf.size and (products or not is_seen):
             cost = leaf.size * (2 if jnp.iscomplexobj(leaf) else 1)
             part = Part(number, {}, 0, cost, is_gram=False)
             kinds = {(product.contracted, product.inputs is None) for product in products.values()}
@@ -77,7 +77,7 @@ def _gram_cost(
 ) -> int:
     first = next(iter(products.values()))
     num_inputs = math.prod(leaf.shape[axis] for axis in first.contracted)
-    cost = leaf.size // max(1, num_inputs)  # of the signals
+    cost = leaf.size // num_inputs  # of the signals
     if first.inputs is not None:
         cost += num_inputs // max(1, num_outputs) ** 2  # once for all outputs
     if positions > 1:

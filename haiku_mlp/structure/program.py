@@ -87,7 +87,7 @@ class Survey:
         outputs = self._computed(equation, [plain(value) for value in values])
         if len(parameters) == 1:
             (parameter,) = parameters
-            if name == "convert_element_type" and is_number(outputs[0]):
+            if name == "convert_element_type" and _is_same_number(parameter.value, outputs[0]):
                 return [parameter._replace(value=outputs[0])]
             if name == "transpose":
                 axes = tuple(parameter.axes[axis] for axis in options["permutation"])
@@ -150,6 +150,11 @@ def plain(value: Any) -> Any:
 def is_number(value: Any) -> bool:
     """Returns whether an array's numbers have derivatives."""
     return jnp.issubdtype(value.dtype, jnp.inexact)
+
+
+def _is_same_number(a: Any, b: Any) -> bool:
+    """Returns whether a value in the dtype of ``b`` has all derivatives that it has in its own."""
+    return is_number(b) and (jnp.iscomplexobj(b) or not jnp.iscomplexobj(a))
 
 
 def as_matrix(a: jax.Array, axes: Axes) -> jax.Array:

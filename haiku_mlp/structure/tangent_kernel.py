@@ -142,10 +142,10 @@ def _kernel(
     if explicit:
         own_rows = functools.partial(_kernel, function, chunk_size, differences)
         return _on_each_device(own_rows, explicit[0].mesh, params, x, y)
-    if any(leaf.shape[0] == 0 for leaf in jax.tree.leaves((x, y))):
-        chunk_size = None  # lax.map takes no empty batch
     params, x, y = _own((params, x, y))
     network = Network(function, params, x)
+    if any(0 in a.shape for a in (network.output, *jax.tree.leaves((x, y)))):
+        chunk_size = None  # lax.map takes nothing that is empty
     differences = differences and is_coarse(network.output)
     kernel = jnp.moveaxis(real_kernel(network, x, y, chunk_size, differences), 2, 1)
     if jnp.iscomplexobj(network.output):
