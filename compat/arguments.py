@@ -119,13 +119,18 @@ class Given:
 
 
 def copied(value: Any, replace: Callable[[Any], Any] = lambda leaf: leaf) -> Any:
-    """Copies dicts, lists, tuples and sets, ``replace`` done to all else in them."""
+    """Copies dicts, lists, tuples and sets, ``replace`` done to all else in them.
+
+    Other trees (named tuples, Flax's dataclasses) are copied where Flax modules are in them.
+    """
     if type(value) in (list, tuple, set):
         return type(value)(copied(entry, replace) for entry in value)
     if isinstance(value, dict):
         new = copy.copy(value)
         new.update({key: copied(entry, replace) for key, entry in value.items()})
         return new
+    if any(isinstance(leaf, nn.Module | Slot) for leaf in jax.tree.leaves(value)):
+        return jax.tree.map(replace, value)
     return replace(value)
 
 

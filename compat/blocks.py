@@ -11,7 +11,13 @@ from flax import linen as nn
 from flax.core import Scope
 
 import haiku_mlp
-from haiku_mlp.arguments import Arguments, check_batches, for_each_layer, size
+from haiku_mlp.arguments import (
+    Arguments,
+    check_batches,
+    check_is_of_its_call,
+    for_each_layer,
+    size,
+)
 from haiku_mlp.caching import kept_by_object
 from haiku_mlp.initializers import (
     JaxInitializer,
@@ -51,6 +57,11 @@ class Perceptron(Mirrored):
         self(x)  # makes them under init
         apply: Any = self.clone(parent=None).apply
         return tangent_kernel(apply, self.variables, x, y, chunk_size=chunk_size)
+
+    @nn.nowrap
+    def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        check_is_of_its_call(self, method)
+        return super()._run(method, args, kwargs)
 
     @nn.nowrap
     def _fields(self) -> dict[str, Any]:

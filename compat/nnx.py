@@ -53,7 +53,7 @@ from flax import nnx
 from flax.core import meta
 
 import haiku_mlp
-from haiku_mlp.arguments import size
+from haiku_mlp.arguments import check_is_of_its_call, size
 
 from . import flax_adapter, functions, wrapping
 from .arguments import copied
@@ -154,6 +154,10 @@ class MLP(Face, haiku=haiku_mlp.MLP):
                 kwargs[name] = _Boxed(init)
         self._build(_make(flax_adapter.MLP, args, kwargs), self._function("__call__"), (x,), rngs)
 
+    def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        check_is_of_its_call(self, method)
+        return super()._run(method, args, kwargs)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Boxed:
@@ -178,7 +182,8 @@ class HaikuFunction(Face):
     Args:
       fn: A function that creates and calls Haiku modules, an :class:`haiku.Transformed` or
         an :class:`haiku.TransformedWithState`.
-      example: The arguments of a call, arrays or :class:`jax.ShapeDtypeStruct`.
+      example: The arguments of a call, arrays or :class:`jax.ShapeDtypeStruct`; the code is
+        traced, and sees no entries of arrays.
       rngs: The values are those of the Linen face, ``compat.HaikuFunction(fn)
         .init(rngs.params(), *example)``.  A model that draws random keys takes its own
         from the stream ``dropout``.

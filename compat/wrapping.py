@@ -24,6 +24,8 @@ class Wrapped(Mirrored):
     _haiku_class: ClassVar[type[hk.Module]]
     # The names of its arguments, by the names that they have here.
     _arguments: ClassVar[dict[str, str]]
+    # The fields that a subclass adds.
+    _own_fields: ClassVar[list[dataclasses.Field[Any]]] = []
 
     haiku_arguments: Given
     # Those of the arguments that are Flax modules: Flax looks for submodules in fields.
@@ -37,6 +39,9 @@ class Wrapped(Mirrored):
         if "__init__" not in vars(cls):
             cls.__init__ = _init  # type: ignore[method-assign]  # Flax's takes the fields
         super().__init_subclass__(haiku=haiku, **kwargs)
+        taken = {*Wrapped.__dataclass_fields__, *cls._arguments}
+        cls._own_fields = [f for f in dataclasses.fields(cls) if f.init and f.name not in taken]
+        cls.__signature__ = _with_fields(cls.__signature__, cls._own_fields)
 
     @nn.nowrap
     def __getattr__(self, name: str) -> Any:
@@ -53,10 +58,15 @@ class Wrapped(Mirrored):
         return self.haiku_arguments.construct(self.name, self.flax_modules)
 
     @nn.nowrap
+    def _has_guests(self) -> bool:
+        return bool(self.flax_modules)
+
+    @nn.nowrap
     def __reduce__(self) -> tuple[Any, ...]:
         is_made_by_wrap = type(self) is _flax_class(self._haiku_class)
         cls = self._haiku_class if is_made_by_wrap else type(self)
-        return _rebuild, (cls, self.haiku_arguments, self.flax_modules, self.name)
+        own = {field.name: getattr(self, field.name) for field in self._own_fields}
+        return _rebuild, (cls, self.haiku_arguments, self.flax_modules, self.name, own)
 
 
 def wrap(hk_cls: type[hk.Module]) -> type[Mirrored]:
@@ -148,11 +158,33 @@ def _signature(hk_cls: type[hk.Module]) -> tuple[dict[str, str], inspect.Signatu
     return names, inspect.Signature(sorted(parameters, key=lambda p: p.kind))
 
 
+def _with_fields(
+    signature: inspect.Signature, fields: list[dataclasses.Field[Any]]
+) -> inspect.Signature:
+    """Returns a signature with the fields that it has not yet, by keyword."""
+    new = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=_default(field))
+        for field in fields
+        if field.name not in signature.parameters
+    ]
+    return signature.replace(
+        parameters=sorted([*signature.parameters.values(), *new], key=lambda p: p.kind)
+    )
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+
+
 def _init(self: Any, *args: Any, **kwargs: Any) -> None:
     """Takes the arguments of the Haiku class; or from Flax the fields, and what changes."""
     given, modules = (kwargs.pop(name, None) for name in ("haiku_arguments", "flax_modules"))
     changes = _bound(type(self), given is not None, *args, **kwargs)
     of_flax = {name: changes.pop(name) for name in _OF_FLAX if name in changes}
+    for field in self._own_fields:
+        setattr(self, field.name, changes.pop(field.name, _default(field)))
     if given is None or changes:
         arguments = {} if given is None else given.arguments(modules)
         for argument, value in changes.items():
@@ -166,16 +198,22 @@ def _init(self: Any, *args: Any, **kwargs: Any) -> None:
 def _bound(cls: type[Wrapped], is_change: bool, /, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Returns arguments by the names that they have in Flax."""
     signature = cls.__signature__
+    many = [p.name for p in signature.parameters.values() if p.kind is p.VAR_POSITIONAL]
+    # *arguments change all at once, by their name.
+    changes = {name: kwargs.pop(name) for name in many if is_change and name in kwargs}
     try:
         for name in kwargs:
             if cls._arguments.get(name + "_") == name != "parent":
                 raise TypeError(f"{name!r} is Flax's own, give {name + '_'!r}")
-        return (signature.bind_partial if is_change else signature.bind)(*args, **kwargs).arguments
+        bound = (signature.bind_partial if is_change else signature.bind)(*args, **kwargs)
     except TypeError as error:
         arguments = ", ".join(signature.parameters)
         raise TypeError(f"{error}: {cls.__name__} takes {arguments}") from None
+    return {**bound.arguments, **changes}
 
 
-def _rebuild(cls: type, given: Given, modules: Modules, name: str | None) -> Mirrored:
+def _rebuild(
+    cls: type, given: Given, modules: Modules, name: str | None, own: dict[str, Any]
+) -> Mirrored:
     make: Any = wrap(cls) if issubclass(cls, hk.Module) else cls
-    return make(haiku_arguments=given, flax_modules=modules, parent=None, name=name)
+    return make(haiku_arguments=given, flax_modules=modules, parent=None, name=name, **own)

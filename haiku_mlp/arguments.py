@@ -101,6 +101,24 @@ def check_weights(inputs: int, outputs: int) -> None:
         )
 
 
+def is_of_its_call(cls: type, method: str) -> bool:
+    """Returns whether a method may be of the class's ``__call__``, not of one that it overrides."""
+    of_call, of_method = (
+        next((depth for depth, base in enumerate(cls.__mro__) if name in vars(base)), -1)
+        for name in ("__call__", method)
+    )
+    return of_method <= of_call
+
+
+def check_is_of_its_call(module: object, method: str) -> None:
+    """Raises for what follows from the layers of a module that adds something of its own."""
+    if not is_of_its_call(type(module), method):
+        raise TypeError(
+            f"{type(module).__name__} has a __call__ of its own, of which the {method} that it "
+            f"inherits is not: give it one, which may use super().{method}(...)"
+        )
+
+
 def check_batches(x: Any, y: Any = None) -> None:
     """Raises ValueError unless each of the two is ``(B, N)``, or ``y`` is None."""
     for name, inputs in {"x": x, "y": x if y is None else y}.items():
@@ -162,6 +180,8 @@ def _check_initializer(name: str, init: Any) -> None:
 
 def _check_dtype(dtype: Any) -> None:
     try:
+        if isinstance(dtype, jax.Array | np.ndarray | np.generic):
+            raise TypeError  # NumPy would take its own
         jnp.dtype(dtype)
     except TypeError:
         raise TypeError(

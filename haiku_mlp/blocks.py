@@ -129,6 +129,7 @@ class MLP(hk.Module):
           sites: Entries that change ``(..., K, m)``.
           values: What they become ``(..., K, m)``.
         """
+        arguments.check_is_of_its_call(self, "connected")
         return structure.connected(_as_structure(self, x), x, sites, values)
 
     @hk.name_like("__call__")
@@ -152,6 +153,7 @@ class MLP(hk.Module):
           ``value (..., output_dim)``, ``gradient (..., output_dim, N)`` and
           ``laplacian (..., output_dim)``.
         """
+        arguments.check_is_of_its_call(self, "laplacian")
         inputs = x if features is None else jnp.vectorize(features, signature="(n)->(f)")(x)
         layers = _as_structure(self, inputs)
         return structure.laplacian(layers, x, features=features, weights=weights)

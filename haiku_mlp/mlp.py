@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from haiku_mlp import blocks, structure
-from haiku_mlp.arguments import Activation, Activations, Arguments
+from haiku_mlp.arguments import Activation, Activations, Arguments, check_is_of_its_call
 from haiku_mlp.initializers import Initializer, default_bias_init, default_kernel_init
 
 
@@ -169,6 +169,7 @@ class MLP(hk.Module):
           >>> net.apply(params, None, spins).shape
           (5, 3)
         """
+        check_is_of_its_call(self, "connected")
         return _block(self).connected(x, sites, values).squeeze(-1)
 
     @hk.name_like("__call__")
@@ -203,6 +204,7 @@ class MLP(hk.Module):
           >>> value.shape, gradient.shape, laplacian.shape
           ((5,), (5, 3), (5,))
         """
+        check_is_of_its_call(self, "laplacian")
         value, gradient, laplacian = _block(self).laplacian(x, features=features, weights=weights)
         return structure.Derivatives(value.squeeze(-1), gradient.squeeze(-2), laplacian.squeeze(-1))
 

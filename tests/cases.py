@@ -141,6 +141,7 @@ BAD = {
     "text_output": ({"output_activation": "gelu"}, TypeError, "output_activation must be callable"),
     "dtype": ({"param_dtype": "float99"}, TypeError, "param_dtype must be a dtype"),
     "precision": ({"precision": "extreme"}, ValueError, "precision must be"),
+    "array_dtype": ({"param_dtype": np.ones(2)}, TypeError, "param_dtype must be a dtype"),
     "dict_precision": ({"precision": {}}, ValueError, "precision must be"),
     "kernel_init": ({"kernel_init": None}, TypeError, "kernel_init must be an initializer"),
     "bias_init": (

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import errors, traverse_util
+from flax import errors, nnx, traverse_util
 
 import compat
 import haiku_mlp
+from compat import nnx as compat_nnx
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).normal(size=(2, 4))
@@ -345,3 +346,50 @@ def test_an_init_that_fails_leaves_the_next_alone():
     with pytest.raises(TypeError):
         MODEL.init(KEY, np.full((2, 4), "up"))
     jax.tree.map(np.testing.assert_array_equal, MODEL.init(KEY, X), expected)
+
+
+def changed(base):
+    """A subclass whose own ``__call__`` inherited methods do not know."""
+
+    def call(self, x):
+        return 2 * base.__call__(self, x)
+
+    return type("Changed", (base,), {"__call__": call})
+
+
+ARGUMENTS = {"connected": (X, np.zeros((2, 1, 1), int), np.ones((2, 1, 1))), "laplacian": (X,)}
+
+
+@pytest.mark.parametrize("method", ARGUMENTS)
+@pytest.mark.parametrize("package", [haiku_mlp, haiku_mlp.blocks, compat, compat.blocks])
+def test_methods_of_another_call(package, method):
+    cls = changed(package.MLP)
+    message = f"Changed has a __call__ of its own, of which the {method}"
+    if issubclass(cls, hk.Module):
+        net = hk.transform(lambda *args: getattr(cls(hidden_dims=(3,)), method)(*args))
+        with pytest.raises(TypeError, match=message):
+            net.init(KEY, *ARGUMENTS[method])
+    else:
+        with pytest.raises(TypeError, match=message):
+            cls(hidden_dims=(3,)).init(KEY, *ARGUMENTS[method], method=method)
+
+
+@pytest.mark.parametrize("method", [*ARGUMENTS, "tangent_kernel"])
+def test_nnx_methods_of_another_call(method):
+    model = changed(compat_nnx.MLP)(4, hidden_dims=(3,), rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match=f"which may use super\\(\\).{method}"):
+        getattr(model, method)(*ARGUMENTS.get(method, (X,)))
+
+
+def test_a_method_with_its_call():
+    class Doubled(compat.MLP):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+        def laplacian(self, x):
+            return jax.tree.map(lambda a: 2 * a, super().laplacian(x))
+
+    model, plain = (cls(hidden_dims=(3,)) for cls in (Doubled, compat.MLP))
+    variables = plain.init(KEY, X)
+    value, _, _ = model.apply(variables, X, method="laplacian")
+    np.testing.assert_allclose(value, model.apply(variables, X), rtol=1e-13)

@@ -3,11 +3,14 @@
 import copy
 import dataclasses
 import functools
+import inspect
 import pickle
 import types
 from collections import OrderedDict, defaultdict
+from typing import Any, NamedTuple
 
 import cloudpickle
+import flax
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -479,6 +482,19 @@ def linear(x):
     return hk.Linear(3, name="inner")(x)
 
 
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+@flax.struct.dataclass
+class Struct:
+    entries: Any
+
+    def __iter__(self):
+        return iter(self.entries)
+
+
 SHAPES = {"bias": (3,), "kernel": (3, 3)}
 HAIKU_SHAPES = {"b": (3,), "w": (3, 3)}
 INNER = {
@@ -493,6 +509,14 @@ INNER = {
             "flax_modules_more_0": SHAPES,
             "flax_modules_more_1": SHAPES,
         },
+    ),
+    "a named tuple": (
+        (linear, Pair(nn.Dense(3), nn.Dense(3))),
+        {"inner": HAIKU_SHAPES, "flax_modules_more_0": SHAPES, "flax_modules_more_1": SHAPES},
+    ),
+    "a struct": (
+        (linear, Struct((nn.Dense(3),))),
+        {"inner": HAIKU_SHAPES, "flax_modules_more_0": SHAPES},
     ),
 }
 
@@ -517,6 +541,66 @@ def test_modules_as_arguments(args, shapes, lift):
         bias, kernel = (np.asarray(leaf) for _, leaf in sorted(variables["params"][name].items()))
         expected = expected @ kernel + bias
     np.testing.assert_allclose(model.apply(variables, X), expected, 1e-4)
+
+
+class Adding(compat.wrap(Outer)):
+    """With fields of its own, as any Flax class may have."""
+
+    scale: float = 2.0
+    shift: nn.Module | None = None
+    tags: tuple = dataclasses.field(default_factory=tuple)
+
+    def __call__(self, x):
+        y = self.scale * super().__call__(x)
+        return y if self.shift is None else y + self.shift(x)
+
+
+def test_fields_of_a_subclass():
+    base, model = compat.wrap(Outer)(linear), Adding(linear, scale=3.0)
+    variables = base.init(KEY, X)
+    assert_identical(model.init(KEY, X), variables)
+    assert_identical(model.apply(variables, X), 3 * base.apply(variables, X))
+    assert model.clone(scale=4.0).scale == 4
+    assert model.clone(more=[linear]).scale == 3
+    assert model.tags == ()
+    assert model == Adding(linear, scale=3.0) != Adding(linear)
+    assert "scale = 3.0" in repr(model)
+    assert model == pickle.loads(pickle.dumps(model)) == copy.deepcopy(model)
+    with_module = Adding(linear, shift=nn.Dense(3))
+    params = with_module.init(KEY, X)["params"]
+    shapes = {"inner": HAIKU_SHAPES, "linear": HAIKU_SHAPES, "shift": SHAPES}
+    assert jax.tree.map(jnp.shape, params) == shapes
+
+
+def test_signature_of_a_subclass_with_fields():
+    class Needing(compat.wrap(Outer)):
+        size: int
+
+    ending = "parent=None, name=None, scale=2.0, shift=None, tags=())"
+    assert str(inspect.signature(Adding)) == f"(inner, more=(), *, {ending}"
+    assert str(inspect.signature(Needing)) == "(inner, more=(), *, parent=None, name=None, size)"
+    assert Needing(linear, size=3).clone(size=4).size == 4
+    with pytest.raises(TypeError, match=r"'size'.*takes inner, more, parent, name, size"):
+        Needing(linear)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'width'"):
+        Needing(linear, size=3, width=4)
+
+
+def test_arguments_of_any_number_change_by_their_name():
+    for cls in (Sizes, MoreSizes):
+        model = compat.wrap(cls)(3, 4).clone(sizes=(5,))
+        assert model.sizes == (5,)
+        assert model == compat.wrap(cls)(5)
+
+
+class Sizes(hk.Module):
+    def __init__(self, *sizes, name=None):
+        super().__init__(name=name)
+
+
+class MoreSizes(hk.Module):
+    def __init__(self, *sizes, name=None, **more):
+        super().__init__(name=name)
 
 
 def test_a_haiku_module_as_an_argument():

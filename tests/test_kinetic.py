@@ -49,6 +49,13 @@ class WithFeatures(nn.Module):
         return jax.tree.map(jnp.add, of_mlp, derivatives(envelope, x, weights=weights))
 
 
+class Subclass(compat.MLP):
+    """Whose Laplacian is not the one that it inherits."""
+
+    def __call__(self, x):
+        return super().__call__(x) + envelope(x)
+
+
 class OfAGraph(nn.Module):
     def laplacian(self, x):
         """Something else of the same name."""
@@ -70,6 +77,7 @@ MODELS = {
     "waves": WithFeatures(waves),
     "products": WithFeatures(products),
     "equal masses": EqualMasses(hidden_dims=(5,), hidden_activations=jnp.tanh),
+    "subclass": Subclass(hidden_dims=(5,), hidden_activations=jnp.tanh),
     "mixing": compat.MLP(hidden_dims=(5,), hidden_activations=jax.nn.softmax),
     "of a graph": OfAGraph(),
     "netket": nk.models.MLP(hidden_dims=(5,), hidden_activations=jnp.tanh),
@@ -101,7 +109,7 @@ def assert_same(state, ours, stock):
 @pytest.mark.parametrize(
     ("name", "mass"),
     first(
-        {("waves", "unequal"), ("mixing", "equal"), ("of a graph", "equal")},
+        {("waves", "unequal"), ("mixing", "equal"), ("subclass", "equal"), ("of a graph", "equal")},
         itertools.product(MODELS, MASSES),
     ),
 )

@@ -498,6 +498,33 @@ def test_state_that_is_missing(change):
         NORM.apply(variables, X, is_training=False)
 
 
+@pytest.mark.parametrize("lift", [hk.remat, lambda f: hk.vmap(f, split_rng=False)])
+def test_boxes_of_parameters_made_in_an_inner_transform(lift):
+    init = haiku_mlp.JaxInitializer(
+        nn.with_logical_partitioning(nn.initializers.ones, ("in", "out"))
+    )
+
+    def linear(x):
+        return hk.Linear(2, w_init=init)(x)
+
+    inside, outside = compat.HaikuFunction(lambda x: lift(linear)(x)), compat.HaikuFunction(linear)
+    variables = inside.init(KEY, X)
+    assert_identical(variables, outside.init(KEY, X))
+    assert variables["params"]["linear"]["w"].names == ("in", "out")
+    assert_identical(inside.apply(variables, X), outside.apply(variables, X))
+
+
+def test_stacked_layers_have_no_boxes():
+    """Haiku stacks arrays; the names of their axes would be one short."""
+    init = haiku_mlp.JaxInitializer(
+        nn.with_logical_partitioning(nn.initializers.ones, ("in", "out"))
+    )
+    layers = hk.experimental.layer_stack(2)
+    model = compat.HaikuFunction(lambda x: layers(hk.Linear(3, w_init=init))(x))
+    (layer,) = model.init(KEY, X)["params"].values()
+    assert layer["linear"]["w"].shape == (2, 3, 3)
+
+
 def test_boxed_state_keeps_its_box():
     boxed = {"state": {"counter": {"count": nn.Partitioned(jnp.zeros(()), ())}}}
     _, changed = compat.HaikuFunction(counting).apply(boxed, X, mutable=["state"])

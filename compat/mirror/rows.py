@@ -53,7 +53,8 @@ class Mirrored(nn.Module):
         if self.scope is None:
             raise errors.CallCompactUnboundModuleError
         is_closed = self._is_closed(self.scope)
-        run = Run(self, self.scope, self._names(), self._row, self._compact, is_closed)
+        rules = self._compact, is_closed, self._has_guests()
+        run = Run(self, self.scope, self._names(), self._row, *rules)
         return run(self._haiku, method, args, kwargs)
 
     @nn.nowrap
@@ -61,6 +62,11 @@ class Mirrored(nn.Module):
         """Returns whether it is known that nobody but the module's own layers makes modules here,
         or draws a key, apart from the initializers that get theirs from the scope.
         """
+        return False
+
+    @nn.nowrap
+    def _has_guests(self) -> bool:
+        """Returns whether there are Flax modules for the Haiku code to call."""
         return False
 
     @nn.nowrap

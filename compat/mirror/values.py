@@ -39,6 +39,8 @@ class Values:
         self.scopes: dict[Path, Scope] = {(): scope}
         self._root = scope
         self._is_written = False
+        # Those of new parameters, and the shape in them, by module and name.
+        self._boxes: dict[tuple[str, str], tuple[meta.AxisMetadata[Any], tuple[int, ...]]] = {}
         variables = scope.variables() if load else {}
         self.params, self.state = (
             flatten(names, collection, meta.unbox(variables.get(collection, {})))
@@ -90,6 +92,9 @@ class Values:
             found_keys = [k for k in {plain, escaped} if scope.has_variable(collection, k)]
             if found_keys and not overwrite:
                 continue
+            box, shape = self._boxes.get((module_name, name), (None, None))
+            if box is not None and collection == "params" and shape == value.shape:
+                value = box.replace_boxed(value)
             if key in found_keys:
                 value = _as_before(scope.get_variable(collection, key), value)
             else:
@@ -103,19 +108,27 @@ class Values:
     ) -> Any:
         """Parameter creator: takes the scope's value, or puts a new one there."""
         if not self._place.is_same_transform():
-            return make(shape, dtype, init)
+            return meta.unbox(make(shape, dtype, init))
         scope, name = self._find("params", context)
         if not scope.has_variable("params", name):
             if not scope.is_mutable_collection("params"):
                 return make(shape, dtype, functools.partial(self._missing, init, context))
             if not self._place.is_here():
-                return make(shape, dtype, init)
+                return self._opened(make(shape, dtype, init), context)
             value = make(shape, dtype, _in_scope(init, scope))
             if value is hk.DO_NOT_STORE:
                 return value
             scope.put_variable("params", name, value)
         # At apply Haiku's frame takes no new parameter; the getter supplies it.
         return _get(scope, "params", name) if hk.running_init() else hk.DO_NOT_STORE
+
+    def _opened(self, value: Any, context: hk.GetterContext) -> Any:
+        """Returns a value without its box, into which ``keep`` puts what comes of it."""
+        if not isinstance(value, meta.AxisMetadata):
+            return value
+        opened = meta.unbox(value)
+        self._boxes[_names(context)] = value.replace_boxed(None), opened.shape
+        return opened
 
     def _missing(self, init: Call, context: hk.GetterContext, *args: Any) -> Any:
         """Raises Flax's error, unless the initializer leaves the value to a getter."""
@@ -154,8 +167,7 @@ class Values:
 
     def _find(self, collection: str, context: hk.GetterContext) -> tuple[Scope, str]:
         """Returns scope and Flax name of the value that is asked for now."""
-        module_name = hk.current_name()
-        name = context.full_name.removeprefix(f"{module_name}/")  # may have a slash itself
+        module_name, name = _names(context)
         scope, key = self.scope(module_name), self.names.key(collection, module_name, name)
         _reserve(scope, key, collection)
         return scope, key
@@ -167,6 +179,12 @@ class Values:
         scope.rewound().param(name, lambda _: jax.ShapeDtypeStruct(shape, "float32"))
         # Flax lets pass what has no shape at all, and then fails elsewhere.
         raise errors.ScopeParamShapeError(name, scope.path_text, None, shape)
+
+
+def _names(context: hk.GetterContext) -> tuple[str, str]:
+    """Returns the names of the module and of the value that is asked for now."""
+    module_name = hk.current_name()
+    return module_name, context.full_name.removeprefix(f"{module_name}/")  # may have a slash
 
 
 def _in_scope(init: Call, scope: Scope) -> Call:

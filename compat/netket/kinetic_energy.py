@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import netket as nk
 
+from haiku_mlp.arguments import is_of_its_call
 from haiku_mlp.structure import MixedEntriesError
 
 
@@ -21,8 +22,8 @@ class KineticEnergy(nk.operator.KineticEnergy):
     :meth:`compat.MLP.laplacian` does, gives it by one forward pass.  For masses that differ
     the method is called as ``laplacian(x, weights=inverse_masses)``.  NetKet's own path runs,
     with the same result, for models without the method or, there, without ``weights``, where it
-    returns something else, for models that are not of Linen, for complex masses, and for
-    activations that mix entries.
+    returns something else, where a class with a ``__call__`` of its own inherits it, for models
+    that are not of Linen, for complex masses, and for activations that mix entries.
 
     Args:
       hilbert: The Hilbert space, a continuous one.
@@ -74,7 +75,9 @@ class KineticEnergy(nk.operator.KineticEnergy):
         weights = 1 / self.mass
         options = {"weights": jnp.broadcast_to(weights, x.shape[-1:])} if self.mass.ndim else {}
         laplacian = getattr(model, "laplacian", None)
-        if laplacian is None or not _takes(laplacian, x, **options):
+        if laplacian is None or not is_of_its_call(type(model), "laplacian"):
+            raise _NoLaplacianError
+        if not _takes(laplacian, x, **options):
             raise _NoLaplacianError
         found = jax.tree.leaves(laplacian(x, **options))
         if [*map(jnp.shape, found)] != [x.shape[:1], x.shape, x.shape[:1]]:
