@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import operator
 from collections.abc import Callable, Iterable
 from typing import Any, SupportsFloat
@@ -102,12 +103,18 @@ def check_weights(inputs: int, outputs: int) -> None:
 
 
 def is_of_its_call(cls: type, method: str) -> bool:
-    """Returns whether a method may be of the class's ``__call__``, not of one that it overrides."""
-    of_call, of_method = (
-        next((depth for depth, base in enumerate(cls.__mro__) if name in vars(base)), -1)
-        for name in ("__call__", method)
-    )
-    return of_method <= of_call
+    """Returns whether a method may be of the class's ``__call__``, not of one that it overrides.
+
+    Flax's lifted classes (``nn.remat``) have a wrapper of the same one.
+    """
+    owner = next((base for base in cls.__mro__ if method in vars(base)), cls)
+    known = _call(owner)
+    return known is None or known is _call(cls)
+
+
+def _call(cls: type) -> Any:
+    found = (vars(base)["__call__"] for base in cls.__mro__ if "__call__" in vars(base))
+    return inspect.unwrap(next(found, None))  # type: ignore[arg-type]
 
 
 def check_is_of_its_call(module: object, method: str) -> None:

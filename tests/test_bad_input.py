@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import errors, nnx, traverse_util
+from flax import linen as nn
 
 import compat
 import haiku_mlp
@@ -379,6 +380,15 @@ def test_nnx_methods_of_another_call(method):
     model = changed(compat_nnx.MLP)(4, hidden_dims=(3,), rngs=nnx.Rngs(0))
     with pytest.raises(TypeError, match=f"which may use super\\(\\).{method}"):
         getattr(model, method)(*ARGUMENTS.get(method, (X,)))
+
+
+@pytest.mark.parametrize("lift", [nn.remat, nn.jit])
+def test_a_lifted_class_has_the_same_call(lift):
+    variables = MODEL.init(KEY, X)
+    lifted = lift(compat.MLP)(**FIELDS).apply(variables, X, method="laplacian")
+    jax.tree.map(
+        np.testing.assert_array_equal, lifted, MODEL.apply(variables, X, method="laplacian")
+    )
 
 
 def test_a_method_with_its_call():

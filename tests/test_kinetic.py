@@ -164,6 +164,19 @@ def test_models_of_other_frameworks(name):
     assert_same(state_of(**OTHERS[name]()), *operators)
 
 
+def test_takes_the_laplacian_of_a_mixin():
+    class Squares:
+        def laplacian(self, x):
+            return jnp.zeros(len(x)), jnp.zeros_like(x), jnp.full(len(x), -2.0)
+
+    class Psi(Squares, nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return jnp.zeros(len(x)) + self.param("constant", nn.initializers.zeros, ())
+
+    assert state_of(Psi()).expect(KineticEnergy(SPACE, 0.5)).mean == 2.0
+
+
 def test_takes_the_laplacian_of_the_model():
     class Psi(compat.MLP):
         def laplacian(self, x):
