@@ -119,18 +119,20 @@ class Given:
 
 
 def copied(value: Any, replace: Callable[[Any], Any] = lambda leaf: leaf) -> Any:
-    """Copies dicts, lists, tuples and sets, ``replace`` done to all else in them.
-
-    Other trees (named tuples, Flax's dataclasses) are copied where Flax modules are in them.
-    """
+    """Copies what Flax looks for modules in, ``replace`` done to all else in it."""
     if type(value) in (list, tuple, set):
         return type(value)(copied(entry, replace) for entry in value)
+    if isinstance(value, tuple) and hasattr(value, "_make"):  # a named one
+        return value._make(copied(entry, replace) for entry in value)
+    if isinstance(value, FrozenDict):
+        return FrozenDict({key: copied(entry, replace) for key, entry in value.items()})
     if isinstance(value, dict):
         new = copy.copy(value)
         new.update({key: copied(entry, replace) for key, entry in value.items()})
         return new
-    if any(isinstance(leaf, nn.Module | Slot) for leaf in jax.tree.leaves(value)):
-        return jax.tree.map(replace, value)
+    if hasattr(type(value), "_flax_dataclass"):  # of flax.struct
+        names = [field.name for field in dataclasses.fields(value) if field.init]
+        return value.replace(**{name: copied(getattr(value, name), replace) for name in names})
     return replace(value)
 
 

@@ -52,9 +52,15 @@ class Mirrored(nn.Module):
             return again(*args, **kwargs)
         if self.scope is None:
             raise errors.CallCompactUnboundModuleError
-        is_closed = self._is_closed(self.scope)
-        rules = self._compact, is_closed, self._has_guests()
-        run = Run(self, self.scope, self._names(), self._row, *rules)
+        run = Run(
+            host=self,
+            scope=self.scope,
+            names=self._names(),
+            make_row=self._row,
+            is_compact=self._compact,
+            is_closed=self._is_closed(self.scope),
+            has_guests=self._has_guests(),
+        )
         return run(self._haiku, method, args, kwargs)
 
     @nn.nowrap
