@@ -58,10 +58,6 @@ class Wrapped(Mirrored):
         return self.haiku_arguments.construct(self.name, self.flax_modules)
 
     @nn.nowrap
-    def _has_guests(self) -> bool:
-        return bool(self.flax_modules)
-
-    @nn.nowrap
     def __reduce__(self) -> tuple[Any, ...]:
         is_made_by_wrap = type(self) is _flax_class(self._haiku_class)
         cls = self._haiku_class if is_made_by_wrap else type(self)
@@ -163,7 +159,12 @@ def _with_fields(
 ) -> inspect.Signature:
     """Returns a signature with the fields that it has not yet, by keyword."""
     new = [
-        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=_default(field))
+        # The function that makes a default stands for it.
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=next(iter(_defaults(field)), inspect.Parameter.empty),
+        )
         for field in fields
         if field.name not in signature.parameters
     ]
@@ -172,19 +173,24 @@ def _with_fields(
     )
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+def _defaults(field: dataclasses.Field[Any]) -> list[Any]:
+    """Returns the default of a field, or the function that makes it, or nothing."""
+    both = field.default, field.default_factory
+    return [default for default in both if default is not dataclasses.MISSING]
 
 
 def _init(self: Any, *args: Any, **kwargs: Any) -> None:
     """Takes the arguments of the Haiku class; or from Flax the fields, and what changes."""
     given, modules = (kwargs.pop(name, None) for name in ("haiku_arguments", "flax_modules"))
-    changes = _bound(type(self), given is not None, *args, **kwargs)
+    names = [field.name for field in self._own_fields]
+    own = {name: vars(self)[name] for name in names if name in vars(self)}  # by another __init__
+    changes = _bound(type(self), given is not None, *args, **{**own, **kwargs})
     of_flax = {name: changes.pop(name) for name in _OF_FLAX if name in changes}
     for field in self._own_fields:
-        setattr(self, field.name, changes.pop(field.name, _default(field)))
+        if field.name not in changes:
+            is_made = field.default_factory is not dataclasses.MISSING
+            changes[field.name] = field.default_factory() if is_made else field.default
+        setattr(self, field.name, changes.pop(field.name))
     if given is None or changes:
         arguments = {} if given is None else given.arguments(modules)
         for argument, value in changes.items():

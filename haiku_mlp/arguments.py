@@ -2,9 +2,8 @@
 
 import dataclasses
 import functools
-import inspect
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, SupportsFloat
 
 import jax
@@ -102,25 +101,28 @@ def check_weights(inputs: int, outputs: int) -> None:
         )
 
 
-def is_of_its_call(cls: type, method: str) -> bool:
-    """Returns whether a method may be of the class's ``__call__``, not of one that it overrides.
+class OtherCallError(TypeError):
+    """A method is inherited that is not of the module's own ``__call__``."""
 
-    Flax's lifted classes (``nn.remat``) have a wrapper of the same one.
+
+def is_of_its_call(classes: Sequence[type], method: str) -> bool:
+    """Returns whether a method may be of the ``__call__`` of a class, not of one that it overrides.
+
+    Args:
+      classes: The class and those that it inherits from, the ``__mro__``.
+      method: The name of the method.
     """
-    owner = next((base for base in cls.__mro__ if method in vars(base)), cls)
-    known = _call(owner)
-    return known is None or known is _call(cls)
-
-
-def _call(cls: type) -> Any:
-    found = (vars(base)["__call__"] for base in cls.__mro__ if "__call__" in vars(base))
-    return inspect.unwrap(next(found, None))  # type: ignore[arg-type]
+    owner = next((depth for depth, cls in enumerate(classes) if method in vars(cls)), 0)
+    calls = [depth for depth, cls in enumerate(classes) if "__call__" in vars(cls)]
+    return not any(depth < owner for depth in calls) or not any(depth >= owner for depth in calls)
 
 
 def check_is_of_its_call(module: object, method: str) -> None:
     """Raises for what follows from the layers of a module that adds something of its own."""
-    if not is_of_its_call(type(module), method):
-        raise TypeError(
+    # nn.remat and the like make a class that has the same call.
+    classes = [cls for cls in type(module).__mro__ if cls.__module__ != "flax.linen.transforms"]
+    if not is_of_its_call(classes, method):
+        raise OtherCallError(
             f"{type(module).__name__} has a __call__ of its own, of which the {method} that it "
             f"inherits is not: give it one, which may use super().{method}(...)"
         )

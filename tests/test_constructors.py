@@ -576,7 +576,7 @@ def test_signature_of_a_subclass_with_fields():
     class Needing(compat.wrap(Outer)):
         size: int
 
-    ending = "parent=None, name=None, scale=2.0, shift=None, tags=())"
+    ending = "parent=None, name=None, scale=2.0, shift=None, tags=<class 'tuple'>)"
     assert str(inspect.signature(Adding)) == f"(inner, more=(), *, {ending}"
     assert str(inspect.signature(Needing)) == "(inner, more=(), *, parent=None, name=None, size)"
     assert Needing(linear, size=3).clone(size=4).size == 4
@@ -584,6 +584,29 @@ def test_signature_of_a_subclass_with_fields():
         Needing(linear)
     with pytest.raises(TypeError, match="unexpected keyword argument 'width'"):
         Needing(linear, size=3, width=4)
+
+
+def test_a_field_is_made_where_it_is_not_given():
+    made = []
+
+    class Making(compat.wrap(Outer)):
+        entries: list = dataclasses.field(default_factory=lambda: made.append(None) or [])
+
+    model = Making(linear)
+    assert len(made) == 1
+    assert (model.clone().entries, Making(linear, entries=[3]).entries) == ([], [3])
+    assert len(made) == 1
+
+
+def test_a_constructor_of_its_own():
+    class Counting(compat.wrap(Outer)):
+        count: int
+
+        def __init__(self, *args, count=1, **kwargs):
+            self.count = count
+            super().__init__(*args, **kwargs)
+
+    assert (Counting(linear, count=5).count, Counting(linear).clone(count=3).count) == (5, 3)
 
 
 def test_arguments_of_any_number_change_by_their_name():

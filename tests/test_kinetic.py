@@ -56,6 +56,19 @@ class Subclass(compat.MLP):
         return super().__call__(x) + envelope(x)
 
 
+class Inheriting(WithFeatures):
+    def __call__(self, x):
+        return super().__call__(x) + envelope(x)
+
+
+def doubled(variables):
+    return jax.tree.map(lambda leaf: 2 * leaf, variables)
+
+
+ALL = ["__call__", "laplacian", "connected", "tangent_kernel"]
+DOUBLED = nn.map_variables(compat.MLP, "params", trans_in_fn=doubled, init=True)
+
+
 class OfAGraph(nn.Module):
     def laplacian(self, x):
         """Something else of the same name."""
@@ -78,6 +91,9 @@ MODELS = {
     "products": WithFeatures(products),
     "equal masses": EqualMasses(hidden_dims=(5,), hidden_activations=jnp.tanh),
     "subclass": Subclass(hidden_dims=(5,), hidden_activations=jnp.tanh),
+    "inheriting": Inheriting(waves),
+    "lifted subclass": nn.jit(Subclass, methods=ALL)(hidden_dims=(5,)),
+    "mapped variables": DOUBLED(hidden_dims=(5,), hidden_activations=jnp.tanh),
     "mixing": compat.MLP(hidden_dims=(5,), hidden_activations=jax.nn.softmax),
     "of a graph": OfAGraph(),
     "netket": nk.models.MLP(hidden_dims=(5,), hidden_activations=jnp.tanh),

@@ -8,7 +8,7 @@ import pytest
 
 # The files of compat from the bottom up: each imports those before it, besides haiku_mlp.
 LEAVES = {"compat.mirror", "compat.mirror.private", "compat.mirror.caching"}
-MIRROR = ["calls", "guests", "names", "values", "run", "rows", "attributes", "node_run", "nodes"]
+MIRROR = ["calls", "names", "values", "run", "rows", "attributes", "node_run", "nodes"]
 FACES, ALL_FACES, NETKET = range(len(MIRROR) + 1, len(MIRROR) + 4)
 
 

@@ -53,13 +53,9 @@ class Place:
             self._context, self._left = context, None
         return context is self._context
 
-    def is_same_trace(self) -> bool:
-        """Returns whether the trace of the start runs now."""
-        return tracers.current_trace() == self._trace
-
     def is_here(self) -> bool:
         """Returns whether this transform runs now, in the trace of its start."""
-        return self.is_same_trace() and self.is_same_transform()
+        return tracers.current_trace() == self._trace and self.is_same_transform()
 
 
 _running: contextvars.ContextVar[tuple[Watcher, Place]] = contextvars.ContextVar("running")

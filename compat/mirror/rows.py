@@ -59,7 +59,6 @@ class Mirrored(nn.Module):
             make_row=self._row,
             is_compact=self._compact,
             is_closed=self._is_closed(self.scope),
-            has_guests=self._has_guests(),
         )
         return run(self._haiku, method, args, kwargs)
 
@@ -68,11 +67,6 @@ class Mirrored(nn.Module):
         """Returns whether it is known that nobody but the module's own layers makes modules here,
         or draws a key, apart from the initializers that get theirs from the scope.
         """
-        return False
-
-    @nn.nowrap
-    def _has_guests(self) -> bool:
-        """Returns whether there are Flax modules for the Haiku code to call."""
         return False
 
     @nn.nowrap

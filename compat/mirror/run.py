@@ -19,8 +19,7 @@ from flax import errors
 from flax import linen as nn
 from flax.core import Scope
 
-from . import guests
-from .calls import Call, Calls, Place
+from .calls import Call, Calls
 from .names import Names, Path
 from .private import is_flax_looking, no_flax_parent
 from .values import Values
@@ -46,7 +45,6 @@ class Run:
       is_compact: Whether the host's method is compact: rows, and Flax modules in the Haiku
         code, are Flax's to name.  In general they are not: Haiku has names of its own for them.
       is_closed: Whether nobody else makes modules, or draws a key (see ``Mirrored``).
-      has_guests: Whether the code may call Flax modules of the host.
     """
 
     host: nn.Module
@@ -55,7 +53,6 @@ class Run:
     make_row: Callable[[hk.Module | type[hk.Module], nn.Module | Scope, str], Any]
     is_compact: bool
     is_closed: bool
-    has_guests: bool
 
     def __post_init__(self) -> None:
         self._is_seen = is_flax_looking()
@@ -137,27 +134,13 @@ class Run:
     def _hooked(self) -> Iterator[None]:
         """Returns the context of the Haiku code, inside of its transform."""
         first = haiku_key()
-        with (
-            self._parenthood(),
-            self.calls.watched(self) as place,
-            self._values.hooked(place),
-            self._guests(place),
-        ):
+        with self._parenthood(), self.calls.watched(self) as place, self._values.hooked(place):
             yield
         if self._stream is not None and haiku_key() is not first:
             self.scope.rng_counters[self._stream] += 1  # the next run draws others
         self._values.keep()
         if self._is_seen and self.host.is_initializing():
             self._show_hidden()
-
-    def _guests(self, place: Place) -> contextlib.AbstractContextManager[None]:
-        """Returns the context in which Flax modules of the host run."""
-        if not self.has_guests:
-            return contextlib.nullcontext()
-        rows = self._rows.values()
-        return nn.intercept_methods(
-            guests.interceptor(place, lambda module: any(row is module for _, row in rows))
-        )
 
     def _row(self, module: hk.Module) -> Any:
         name = module.module_name

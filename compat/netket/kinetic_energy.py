@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import netket as nk
 
-from haiku_mlp.arguments import is_of_its_call
+from haiku_mlp.arguments import OtherCallError, is_of_its_call
 from haiku_mlp.structure import MixedEntriesError
 
 
@@ -67,7 +67,7 @@ class KineticEnergy(nk.operator.KineticEnergy):
         if _runs_methods(logpsi, params, x) and not jnp.iscomplexobj(self.mass):
             try:
                 return logpsi(params, x, method=self._local_values)
-            except (_NoLaplacianError, MixedEntriesError):
+            except (_NoLaplacianError, MixedEntriesError, OtherCallError):
                 pass
         return super()._expect_kernel(logpsi, params, x)
 
@@ -75,7 +75,7 @@ class KineticEnergy(nk.operator.KineticEnergy):
         weights = 1 / self.mass
         options = {"weights": jnp.broadcast_to(weights, x.shape[-1:])} if self.mass.ndim else {}
         laplacian = getattr(model, "laplacian", None)
-        if laplacian is None or not is_of_its_call(type(model), "laplacian"):
+        if laplacian is None or not is_of_its_call(type(model).__mro__, "laplacian"):
             raise _NoLaplacianError
         if not _takes(laplacian, x, **options):
             raise _NoLaplacianError
