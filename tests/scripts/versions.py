@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 ROOT = pathlib.Path(__file__).parents[2]
 NEWER_PYTHONS = ("3.12", "3.13")
@@ -75,7 +76,9 @@ def main() -> int:
     environments = [("lowest", lowest_python, pins)]
     environments += [("newest", python, []) for python in NEWER_PYTHONS]
     wanted = sys.argv[1:] or [lowest_python, NEWER_PYTHONS[-1]]
-    results = [check(*where, needed) for where in environments if where[1] in wanted]
+    chosen = [where for where in environments if where[1] in wanted]
+    with ThreadPoolExecutor() as pool:  # one installs while the other is tested
+        results = list(pool.map(lambda where: check(*where, needed), chosen))
     print("\n".join(line for _, line in results))
     return int(not all(passed for passed, _ in results))
 
