@@ -441,7 +441,9 @@ def test_a_parameter_used_in_two_ways(function):
     "function",
     [
         lambda w, z: (z @ w.astype(float)).sum(-1),
-        lambda w, z: (z + w.astype(float).astype(complex)[0]).sum(-1),
+        lambda w, z: jnp.tanh(0.1 * (z[:, None] + w.astype(float).astype(complex)[None])).sum(
+            (1, 2)
+        ),
     ],
     ids=["product", "bias"],
 )
