@@ -130,9 +130,10 @@ def copied(value: Any, replace: Callable[[Any], Any] = lambda leaf: leaf) -> Any
         new = copy.copy(value)
         new.update({key: copied(entry, replace) for key, entry in value.items()})
         return new
-    if hasattr(type(value), "_flax_dataclass"):  # of flax.struct
+    if dataclasses.is_dataclass(value) and not jax.tree_util.all_leaves([value]):  # flax.struct
         names = [field.name for field in dataclasses.fields(value) if field.init]
-        return value.replace(**{name: copied(getattr(value, name), replace) for name in names})
+        changes = {name: copied(getattr(value, name), replace) for name in names}
+        return dataclasses.replace(value, **changes)  # type: ignore[type-var]
     return replace(value)
 
 

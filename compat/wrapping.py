@@ -41,7 +41,10 @@ class Wrapped(Mirrored):
         super().__init_subclass__(haiku=haiku, **kwargs)
         taken = {*Wrapped.__dataclass_fields__, *cls._arguments}
         cls._own_fields = [f for f in dataclasses.fields(cls) if f.init and f.name not in taken]
-        cls.__signature__ = _with_fields(cls.__signature__, cls._own_fields)
+        own = {field.name: _parameter(field) for field in cls._own_fields}
+        parameters = {**cls.__signature__.parameters, **own}
+        in_order = sorted(parameters.values(), key=lambda p: p.kind)
+        cls.__signature__ = inspect.Signature(in_order)
 
     @nn.nowrap
     def __getattr__(self, name: str) -> Any:
@@ -154,29 +157,13 @@ def _signature(hk_cls: type[hk.Module]) -> tuple[dict[str, str], inspect.Signatu
     return names, inspect.Signature(sorted(parameters, key=lambda p: p.kind))
 
 
-def _with_fields(
-    signature: inspect.Signature, fields: list[dataclasses.Field[Any]]
-) -> inspect.Signature:
-    """Returns a signature with the fields that it has not yet, by keyword."""
-    new = [
-        # The function that makes a default stands for it.
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=next(iter(_defaults(field)), inspect.Parameter.empty),
-        )
-        for field in fields
-        if field.name not in signature.parameters
-    ]
-    return signature.replace(
-        parameters=sorted([*signature.parameters.values(), *new], key=lambda p: p.kind)
-    )
-
-
-def _defaults(field: dataclasses.Field[Any]) -> list[Any]:
-    """Returns the default of a field, or the function that makes it, or nothing."""
-    both = field.default, field.default_factory
-    return [default for default in both if default is not dataclasses.MISSING]
+def _parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
+    """Returns a field as a parameter; a function that makes its default stands for that."""
+    is_made = field.default_factory is not dataclasses.MISSING
+    default = field.default_factory if is_made else field.default
+    if default is dataclasses.MISSING:
+        default = inspect.Parameter.empty
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default)
 
 
 def _init(self: Any, *args: Any, **kwargs: Any) -> None:

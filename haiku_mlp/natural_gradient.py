@@ -5,11 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from haiku_mlp import semidefinite
 from haiku_mlp.sequence import after
+from haiku_mlp.sharding import is_explicit
 from haiku_mlp.structure.contraction import centered_kernel
+from haiku_mlp.structure.program import is_number
 
 
 def min_sr(
@@ -158,7 +160,7 @@ def natural_gradient(
     params = after(params, kernel)
     leaves, structure = jax.tree.flatten(params)
     # By their place, those that have derivatives.
-    numbers = {i: leaf for i, leaf in enumerate(leaves) if _is_number(leaf)}
+    numbers = {i: leaf for i, leaf in enumerate(leaves) if is_number(jnp.asarray(leaf))}
 
     def of_numbers(numbers: dict[int, jax.Array]) -> jax.Array:
         values = [numbers.get(i, leaf) for i, leaf in enumerate(leaves)]
@@ -184,25 +186,16 @@ def natural_gradient(
     return jax.tree.unflatten(structure, steps)
 
 
-def _is_number(leaf: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
-
-
 def _like(a: Any, other: Any) -> jax.Array:
     """Returns ``a`` with the dtype of another array, and where that lies on an Explicit mesh."""
-    sharding, a = jax.typeof(other).sharding, jnp.asarray(a, jnp.result_type(other))
-    return jax.sharding.reshard(a, sharding) if _is_explicit(sharding) else a
+    a = jnp.asarray(a, jnp.result_type(other))
+    return jax.sharding.reshard(a, jax.typeof(other).sharding) if is_explicit(other) else a
 
 
 def _replicated(a: jax.Array) -> jax.Array:
     """Returns ``a`` whole on each device of an Explicit mesh: no decomposition is spread."""
-    sharding = jax.typeof(a).sharding
-    whole = NamedSharding(sharding.mesh, PartitionSpec())
-    return jax.sharding.reshard(a, whole) if _is_explicit(sharding) else a
-
-
-def _is_explicit(sharding: NamedSharding) -> bool:
-    return AxisType.Explicit in sharding.mesh.axis_types
+    whole = NamedSharding(jax.typeof(a).sharding.mesh, PartitionSpec())
+    return jax.sharding.reshard(a, whole) if is_explicit(a) else a
 
 
 def _check_outputs(

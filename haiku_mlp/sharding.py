@@ -5,7 +5,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jax.sharding import PartitionSpec
+import jax
+from jax.sharding import AxisType, PartitionSpec
 
 _LAYER = re.compile(r"(.*/)?linear_(\d+)$")
 
@@ -85,6 +86,11 @@ def partition_specs(
         }
         for name, values in params.items()
     }
+
+
+def is_explicit(a: jax.Array) -> bool:
+    """Returns whether an array is spread over a mesh of which JAX asks where each result goes."""
+    return AxisType.Explicit in jax.typeof(a).sharding.mesh.axis_types
 
 
 def _splits(names: Iterable[str]) -> dict[tuple[str, str], tuple[bool, ...]]:

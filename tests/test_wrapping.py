@@ -525,6 +525,39 @@ def test_stacked_layers_have_no_boxes():
     assert layer["linear"]["w"].shape == (2, 3, 3)
 
 
+class Inside(hk.Module):
+    """Calls a Flax module in a transformation, at init outside of it or not."""
+
+    def __init__(self, inner, lift, outside=True, name=None):
+        super().__init__(name)
+        self.inner, self.lift, self.outside = inner, lift, outside
+
+    def __call__(self, x):
+        is_outside = self.outside and hk.running_init()
+        return self.inner(x) if is_outside else self.lift(lambda x: self.inner(x))(x)
+
+
+def each_row(call):
+    return lambda x: hk.scan(lambda carry, row: (carry, call(row)), 0, x)[1]
+
+
+@pytest.mark.parametrize("lift", [hk.remat, each_row])
+def test_a_flax_module_inside_reads_its_parameters(lift):
+    model = compat.wrap(Inside)(nn.Dense(2), lift)
+    variables = model.init(KEY, X)
+    expected = nn.Dense(2).apply({"params": variables["params"]["flax_modules_inner_0"]}, X)
+    np.testing.assert_allclose(model.apply(variables, X), expected, rtol=1e-6)
+
+
+def test_limits_of_a_flax_module_inside():
+    """What the README says of it: tracers that leak, and one key for all steps."""
+    variables = compat.wrap(Inside)(nn.Dense(2), hk.remat, outside=False).init(KEY, X)
+    assert all(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(variables))
+    model = compat.wrap(Inside)(nn.Dropout(0.5, deterministic=False), each_row)
+    kept = model.apply({}, jnp.ones((3, 64)), rngs={"dropout": KEY})
+    assert len(np.unique(kept, axis=0)) == 1
+
+
 def test_boxed_state_keeps_its_box():
     boxed = {"state": {"counter": {"count": nn.Partitioned(jnp.zeros(()), ())}}}
     _, changed = compat.HaikuFunction(counting).apply(boxed, X, mutable=["state"])

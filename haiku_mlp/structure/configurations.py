@@ -5,9 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType
 
 from haiku_mlp.linear import promoted
+from haiku_mlp.sharding import is_explicit
 from haiku_mlp.structure import changes
 from haiku_mlp.structure.layers import Layer, forward, map_samples
 
@@ -74,8 +74,7 @@ def at_configurations(
 
 
 def _is_spread_or_symbolic(y: jax.Array) -> bool:
-    axis_types = jax.typeof(y).sharding.mesh.axis_types
-    return AxisType.Explicit in axis_types or not all(isinstance(n, int) for n in y.shape)
+    return is_explicit(y) or not all(isinstance(n, int) for n in y.shape)
 
 
 def _outputs(

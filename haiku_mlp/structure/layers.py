@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from haiku_mlp.arguments import Activation
 from haiku_mlp.linear import affine
+from haiku_mlp.sharding import is_explicit
 
 # Entries of the largest array (1 MB of float64): a few in use at once fit a CPU core's cache, and
 # each operation is worth the cores that share it.
@@ -67,7 +68,7 @@ def map_samples(
       entries: Entries of the largest array that the function computes on the way.
     """
     mesh = jax.typeof(samples[0]).sharding.mesh
-    if AxisType.Explicit in mesh.axis_types:
+    if is_explicit(samples[0]):
         over_devices = functools.partial(_map_shards, function, layers, num_axes, entries)
         return jax.jit(over_devices)(*samples)
     batch = samples[0].shape[:num_axes]

@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from haiku_mlp.linear import promoted
+from haiku_mlp.sharding import is_explicit
 from haiku_mlp.structure.contraction import centered_kernel, is_coarse
 from haiku_mlp.structure.network import Network
 from haiku_mlp.structure.real_kernel import real_kernel
@@ -138,10 +139,10 @@ def _kernel(
     if y is not None:
         _check_same_program(x, y)
         x, y = jax.tree.map(promoted, x, y), jax.tree.map(promoted, y, x)
-    explicit = [s for s in map(_sharding, jax.tree.leaves((x, y))) if _is_explicit(s.mesh)]
-    if explicit:
+    spread = list(filter(is_explicit, jax.tree.leaves((x, y))))
+    if spread:
         own_rows = functools.partial(_kernel, function, chunk_size, differences)
-        return _on_each_device(own_rows, explicit[0].mesh, params, x, y)
+        return _on_each_device(own_rows, jax.typeof(spread[0]).sharding.mesh, params, x, y)
     params, x, y = _own((params, x, y))
     network = Network(function, params, x)
     if any(0 in a.shape for a in (network.output, *jax.tree.leaves((x, y)))):
@@ -164,20 +165,12 @@ def _check_same_program(x: Any, y: Any) -> None:
         raise ValueError(f"samples of x and y must have the same shapes, got {shapes}")
 
 
-def _sharding(a: jax.Array) -> NamedSharding:
-    return jax.typeof(a).sharding
-
-
-def _is_explicit(mesh: Any) -> bool:
-    return AxisType.Explicit in mesh.axis_types
-
-
 def _on_each_device(kernel: Kernel, mesh: Any, params: Any, x: Any, y: Any) -> jax.Array:
     """Returns the kernel where each device has its own rows, those of its part of ``x``.
 
     On an Explicit mesh JAX asks where the result of each product goes.
     """
-    axes = [s.spec[0] for s in map(_sharding, jax.tree.leaves(x)) if _is_explicit(s.mesh)]
+    axes = [jax.typeof(a).sharding.spec[0] for a in jax.tree.leaves(x) if is_explicit(a)]
     rows = PartitionSpec(next(filter(None, axes), None))
     specs = PartitionSpec(), rows, PartitionSpec()
     places = tuple(NamedSharding(mesh, spec) for spec in specs)
