@@ -1,6 +1,7 @@
 """The Flax faces of the MLP's parts."""
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,6 @@ from haiku_mlp.arguments import (
     for_each_layer,
     size,
 )
-from haiku_mlp.caching import kept_by_object
 from haiku_mlp.initializers import (
     JaxInitializer,
     as_haiku_initializer,
@@ -28,7 +28,6 @@ from haiku_mlp.initializers import (
 
 from .kernels import tangent_kernel
 from .mirror.names import Names
-from .mirror.private import no_flax_parent
 from .mirror.rows import Mirrored
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Arguments))
@@ -73,11 +72,12 @@ class Perceptron(Mirrored):
         return Names(root="mlp", netket=True)
 
     @nn.nowrap
-    def _is_closed(self, scope: Scope) -> bool:
+    def _is_closed(self) -> bool:
         activations = (*for_each_layer(self.hidden_activations, 1), self.output_activation)
-        # A Flax module has its place among the fields.
+        # Flax finds a module of its own among the fields, and has named it.
         functions = [a for a in activations if callable(a) and not isinstance(a, nn.Module)]
         is_subclass = "_haiku" not in vars(type(self))  # whose methods may make modules, too
+        scope: Any = self.scope
         is_open = is_subclass or bool(scope.reservations) or any(map(_is_open, functions))
         initializers = map(as_haiku_initializer, (self.kernel_init, self.bias_init))
         return not is_open and all(isinstance(init, JaxInitializer) for init in initializers)
@@ -94,16 +94,11 @@ class Perceptron(Mirrored):
         return super()._row(module, parent, name)
 
 
-@kept_by_object
 def _is_open(activation: Callable[..., Any]) -> bool:
-    """Returns whether an activation may make modules or draw keys, tried out on a number."""
-    net = hk.transform(lambda z: activation(z))
-    try:
-        with no_flax_parent():  # so that none can be called
-            jax.eval_shape(lambda z: net.init(None, z), jax.ShapeDtypeStruct((), jnp.float32))
-    except Exception:  # it may need what is not there now
-        return True
-    return False
+    """Returns whether an activation may make modules or draw keys: all but JAX's own."""
+    module, name = (str(getattr(activation, of, "")) for of in ("__module__", "__name__"))
+    is_jaxs = module.startswith("jax.") and vars(sys.modules[module]).get(name) is activation
+    return not is_jaxs
 
 
 class Dense(Mirrored, nn.Dense, haiku=haiku_mlp.Linear):

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import inspect
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, SupportsFloat
 
 import jax
@@ -105,23 +106,27 @@ class OtherCallError(TypeError):
     """A method is inherited that is not of the module's own ``__call__``."""
 
 
-def is_of_its_call(classes: Sequence[type], method: str) -> bool:
-    """Returns whether a method may be of the ``__call__`` of a class, not of one that it overrides.
+def is_of_its_call(cls: type, method: str, *, unwrapped: bool = False) -> bool:
+    """Returns whether the method of a class is of its ``__call__``, not of one that it overrides.
 
     Args:
-      classes: The class and those that it inherits from, the ``__mro__``.
-      method: The name of the method.
+      cls: The class.
+      method: The name of the method, which follows from the ``__call__`` of the class that has it.
+      unwrapped: Whether a function that wraps another (``functools.wraps``) is the same call,
+        as in the classes that ``nn.remat`` makes.
     """
-    owner = next((depth for depth, cls in enumerate(classes) if method in vars(cls)), 0)
-    calls = [depth for depth, cls in enumerate(classes) if "__call__" in vars(cls)]
-    return not any(depth < owner for depth in calls) or not any(depth >= owner for depth in calls)
+    owner = next((depth for depth, c in enumerate(cls.__mro__) if method in vars(c)), 0)
+    calls = (vars(c)["__call__"] for c in cls.__mro__[owner:] if "__call__" in vars(c))
+    of_owner: Any = next(calls, None)
+    own: Any = cls.__call__
+    if of_owner is None or of_owner is own:
+        return True
+    return unwrapped and inspect.unwrap(of_owner) is inspect.unwrap(own)
 
 
 def check_is_of_its_call(module: object, method: str) -> None:
     """Raises for what follows from the layers of a module that adds something of its own."""
-    # nn.remat and the like make a class that has the same call.
-    classes = [cls for cls in type(module).__mro__ if cls.__module__ != "flax.linen.transforms"]
-    if not is_of_its_call(classes, method):
+    if not is_of_its_call(type(module), method, unwrapped=True):
         raise OtherCallError(
             f"{type(module).__name__} has a __call__ of its own, of which the {method} that it "
             f"inherits is not: give it one, which may use super().{method}(...)"

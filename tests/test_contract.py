@@ -716,6 +716,9 @@ CLASSES = {
     "a Flax activation": lambda mlp: shown(
         mlp(**F, hidden_activations=lambda x: nn.LayerNorm()(x))
     ),
+    "an activation that tells numbers from arrays": lambda mlp: shown(
+        mlp(**F, hidden_activations=lambda x: nn.Dense(x.shape[-1])(x) if x.ndim else x)
+    ),
     "a Flax output": lambda mlp: shown(mlp(**F, output_activation=lambda x: nn.Dense(1)(x))),
     "what an initializer gets": lambda mlp: initializer_arguments(
         mlp(**F, param_dtype=jnp.float32)

@@ -1,10 +1,12 @@
 """The private names of Haiku and Flax that ``compat.mirror.private`` uses, and what it promises."""
 
+import functools
 import gc
 import pathlib
 import re
 import traceback
 import weakref
+from unittest import mock
 
 import haiku as hk
 import jax
@@ -102,18 +104,17 @@ def test_is_flax_looking():
 
 
 def frames(model, x):
-    """Returns the frames between ``apply`` and the last activation."""
-    depths = []
+    """Returns the frames between ``apply`` and the product of the last layer."""
+    stacks, variables = [], model.init(KEY, x)
 
-    def activation(z):
-        depths.append([frame.name for frame in traceback.extract_stack()])
-        return z
+    def promote(*args):
+        stacks.append([frame.name for frame in traceback.extract_stack()])
+        return promoted(*args)
 
-    model = model.clone(output_activation=activation)
-    variables = model.init(KEY, x)
-    depths.clear()
-    model.apply(variables, x)
-    return len(depths[0]) - depths[0].index("apply") - 1
+    promoted = haiku_mlp.linear.promote
+    with mock.patch.object(haiku_mlp.linear, "promote", promote):
+        model.apply(variables, x)
+    return len(stacks[-1]) - stacks[-1].index("apply") - 1
 
 
 @pytest.mark.parametrize("face", [compat.MLP, compat.wrap(haiku_mlp.MLP)])
@@ -130,16 +131,18 @@ def test_calls_at_which_flax_does_not_look_are_those_of_haiku(face):
 
 
 def test_calls_go_through_flax_where_an_activation_may_make_modules():
-    """Flax names these beside the layers.  Other activations are tried out, once."""
+    """Flax names these beside the layers.  JAX's own activations make none."""
 
     def depth(activation):
         fields = {"hidden_dims": 2, "hidden_activations": activation}
         return frames(compat.MLP(**fields), jax.numpy.ones(3))
 
-    def makes_a_module(z):
-        return nn.Dense(2)(z)
+    def unknown(z):
+        return jax.nn.tanh(z)
 
-    assert depth(jax.nn.tanh) + 5 < depth(makes_a_module)
+    assert depth(jax.nn.tanh) + 5 < depth(unknown)
+    for activation in (jax.tree_util.Partial(unknown), functools.wraps(jax.nn.tanh)(unknown)):
+        assert depth(activation) == depth(unknown)
 
 
 def test_what_an_activation_is_is_not_kept_longer_than_itself():

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from flax import errors
 from flax import linen as nn
-from flax.core import Scope
 
 from .caching import per_class
 from .calls import public_methods, run_method, watcher
@@ -54,16 +53,15 @@ class Mirrored(nn.Module):
             raise errors.CallCompactUnboundModuleError
         run = Run(
             host=self,
-            scope=self.scope,
             names=self._names(),
             make_row=self._row,
             is_compact=self._compact,
-            is_closed=self._is_closed(self.scope),
+            is_closed=self._is_closed(),
         )
         return run(self._haiku, method, args, kwargs)
 
     @nn.nowrap
-    def _is_closed(self, scope: Scope) -> bool:
+    def _is_closed(self) -> bool:
         """Returns whether it is known that nobody but the module's own layers makes modules here,
         or draws a key, apart from the initializers that get theirs from the scope.
         """
@@ -75,7 +73,7 @@ class Mirrored(nn.Module):
 
         Args:
           module: The module; its class, if Flax sees none of its calls.
-          parent: The Flax parent, or the module's own :class:`flax.core.Scope`.
+          parent: The Flax parent, or the module's own scope.
           name: The Flax name.
         """
         hk_cls = module if isinstance(module, type) else type(module)

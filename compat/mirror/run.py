@@ -37,7 +37,6 @@ class Run:
 
     Attributes:
       host: The Flax module whose method runs.
-      scope: Its scope.
       names: How Haiku's names read in the scope.
       make_row: Returns the Flax module that stands for a Haiku module, or for a class of
         which Flax sees no call; takes the module, the parent (a Flax module or the row's
@@ -45,16 +44,18 @@ class Run:
       is_compact: Whether the host's method is compact: rows, and Flax modules in the Haiku
         code, are Flax's to name.  In general they are not: Haiku has names of its own for them.
       is_closed: Whether nobody else makes modules, or draws a key (see ``Mirrored``).
+      scope: The host's scope.
     """
 
     host: nn.Module
-    scope: Scope
     names: Names
     make_row: Callable[[hk.Module | type[hk.Module], nn.Module | Scope, str], Any]
     is_compact: bool
     is_closed: bool
+    scope: Any = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
+        self.scope = self.host.scope
         self._is_seen = is_flax_looking()
         # Where Flax sees no call, and names nothing, its names are known.
         self._compact = self.is_compact and (self._is_seen or not self.is_closed)
@@ -89,11 +90,10 @@ class Run:
         except ValueError as error:
             if not is_missing_key(error):
                 raise
-            is_to_make = self.scope.is_mutable_collection("params")
-            stream, example = ("params", "params") if is_to_make else ("apply", "dropout")
+            stream = "params" if self.scope.is_mutable_collection("params") else "dropout"
             raise errors.InvalidRngError(
                 f'{self.host.name or type(self.host).__name__} needs PRNG for "{stream}": give '
-                f"rngs={{{example!r}: key}} (hk.without_apply_rng keeps the key from it)"
+                f"rngs={{{stream!r}: key}} (which a pair of hk.without_apply_rng never gets)"
             ) from error
         return outputs[0]
 

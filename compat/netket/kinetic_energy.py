@@ -22,7 +22,8 @@ class KineticEnergy(nk.operator.KineticEnergy):
     :meth:`compat.MLP.laplacian` does, gives it by one forward pass.  For masses that differ
     the method is called as ``laplacian(x, weights=inverse_masses)``.  NetKet's own path runs,
     with the same result, for models without the method or, there, without ``weights``, where it
-    returns something else, where a class with a ``__call__`` of its own inherits it, for models
+    returns something else, where a class with a ``__call__`` of its own inherits it
+    (``nn.remat`` and the like make such classes), for models
     that are not of Linen, for complex masses, and for activations that mix entries.
 
     Args:
@@ -64,18 +65,30 @@ class KineticEnergy(nk.operator.KineticEnergy):
     # NetKet asks operators of continuous spaces for their local values here; a dispatch by
     # type of state would not reach an operator that stands in a sum with a potential.
     def _expect_kernel(self, logpsi: Callable, params: Any, x: jax.Array) -> jax.Array:
-        if _runs_methods(logpsi, params, x) and not jnp.iscomplexobj(self.mass):
+        reached: list[bool] = []
+
+        def method(model: Any, x: jax.Array) -> jax.Array:
+            reached.append(True)
+            return self._local_values(model, x)
+
+        if not jnp.iscomplexobj(self.mass):
+            # Of what NetKet makes of other frameworks' models some take no notice of method.
             try:
-                return logpsi(params, x, method=self._local_values)
+                values = logpsi(params, x, method=method)
+                if reached:
+                    return values
             except (_NoLaplacianError, MixedEntriesError, OtherCallError):
                 pass
+            except Exception:
+                if reached:
+                    raise
         return super()._expect_kernel(logpsi, params, x)
 
     def _local_values(self, model: Any, x: jax.Array) -> jax.Array:
         weights = 1 / self.mass
         options = {"weights": jnp.broadcast_to(weights, x.shape[-1:])} if self.mass.ndim else {}
         laplacian = getattr(model, "laplacian", None)
-        if laplacian is None or not is_of_its_call(type(model).__mro__, "laplacian"):
+        if laplacian is None or not is_of_its_call(type(model), "laplacian"):
             raise _NoLaplacianError
         if not _takes(laplacian, x, **options):
             raise _NoLaplacianError
@@ -89,28 +102,6 @@ class KineticEnergy(nk.operator.KineticEnergy):
 
 class _NoLaplacianError(Exception):
     """The model has no method ``laplacian`` that takes and returns what it should."""
-
-
-def _runs_methods(logpsi: Callable, params: Any, x: jax.Array) -> bool:
-    """Returns whether ``logpsi`` runs the function that is given as ``method``.
-
-    Linen's modules do.  Of what NetKet makes of other frameworks' models some take no notice.
-    """
-
-    def method(model: Any, x: jax.Array) -> None:
-        raise _ReachedError
-
-    try:
-        jax.eval_shape(lambda: logpsi(params, x, method=method))
-    except _ReachedError:
-        return True
-    except Exception:  # whatever it raises, the model's own call decides what is said
-        return False
-    return False
-
-
-class _ReachedError(Exception):
-    """The function was run."""
 
 
 def _takes(function: Callable, *args: Any, **kwargs: Any) -> bool:

@@ -1,6 +1,5 @@
 """The layers of a ``compat.MLP`` from its variables: where the structured paths begin."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -63,13 +62,12 @@ def is_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
-@functools.lru_cache
 def _is_function(activation: Any, dtype: Any) -> bool:
     """Returns whether the activation runs outside of any module."""
     if not callable(activation):
         return True
     try:
-        jax.eval_shape(activation, jax.ShapeDtypeStruct((1, 2), jnp.dtype(dtype)))
+        jax.eval_shape(activation, jax.ShapeDtypeStruct((1, 2), dtype))
     except Exception:  # whatever it raises, the model's own call decides what is said
         return False
     return True

@@ -88,16 +88,10 @@ def _signatures(*more: type) -> list[Signature]:
     return [Signature(_StateOfMLP, kind, *more, precedence=-1) for kind in kinds]
 
 
-@get_local_kernel.dispatch_multi(*_signatures())
-def _kernel(state: Any, operator: Any) -> Callable:
-    stock = get_local_kernel.invoke(MCState, type(operator))(state, operator)
-    return HashablePartial(_local_values, mlp_of(state), stock)
-
-
-@get_local_kernel.dispatch_multi(*_signatures(int))
-def _chunked_kernel(state: Any, operator: Any, chunk_size: int) -> Callable:
-    stock = get_local_kernel.invoke(MCState, type(operator), int)(state, operator, chunk_size)
-    return HashablePartial(_local_values, mlp_of(state), stock)
+@get_local_kernel.dispatch_multi(*_signatures(), *_signatures(int))
+def _kernel(state: Any, operator: Any, *chunk_size: int) -> Callable:
+    netkets = get_local_kernel.invoke(MCState, type(operator), *map(type, chunk_size))
+    return HashablePartial(_local_values, mlp_of(state), netkets(state, operator, *chunk_size))
 
 
 def _local_values(

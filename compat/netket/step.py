@@ -137,24 +137,23 @@ def _step(
         return parameter_step(
             outputs, params, samples, residuals, diag_shift, chunk_size=chunk_size, **options
         )
-    function: Callable[[Any], jax.Array]
+    linearized = None
     if _is_linearized(network(params), samples, mode):
         linearized = Linearized(network(params), samples)
-        function, kernel = (
-            (lambda params: linearized(network(params))),
-            linearized.kernel(centered=is_coarse(linearized.signals[0])),
-        )
+        # natural_gradient centres the kernel; in 32 bits its factors must be centred before.
+        kernel = linearized.kernel(centered=is_coarse(linearized.signals[0]))
     else:
-        chunked = nk.jax.apply_chunked(outputs, in_axes=(None, 0), chunk_size=chunk_size)
-        function = functools.partial(_of_samples, chunked, samples)
         kernel = haiku_mlp.tangent_kernel(
             outputs, params, samples, chunk_size=chunk_size, centered=True
         )
+
+    def function(params: Any) -> jax.Array:
+        if linearized is not None:
+            return linearized(network(params))
+        chunked = nk.jax.apply_chunked(outputs, in_axes=(None, 0), chunk_size=chunk_size)
+        return chunked(params, samples)
+
     return haiku_mlp.natural_gradient(function, params, kernel, residuals, diag_shift, **options)
-
-
-def _of_samples(outputs: Callable, samples: jax.Array, params: Any) -> jax.Array:
-    return outputs(params, samples)
 
 
 def _is_linearized(network: Any, samples: jax.Array, mode: str) -> bool:
