@@ -85,7 +85,10 @@ class Given:
             net = hk.transform_with_state(
                 lambda: found.append(self.construct(name, modules).module_name)
             )
-            jax.eval_shape(net.init, jax.random.key(0))
+            try:
+                jax.eval_shape(net.init, jax.random.key(0))
+            except jax.errors.JAXTypeError:  # it looks at the entries of arrays
+                net.init(jax.random.key(0))
             self._module_names[name] = found[0]
         return self._module_names[name]
 

@@ -12,8 +12,8 @@ constructor, which a Haiku module does not have.)
 
 A call updates the state.  It draws random keys from the model's copy of the stream
 ``dropout``, and only if Haiku draws, or hands its key on (``hk.scan``): a deterministic
-model may be closed over by ``jax.jit``.  ``rngs=nnx.Rngs(...)`` in a call takes the place of
-that stream.
+model may be closed over by ``jax.jit``.  ``rngs`` in a call takes the place of that stream:
+``nnx.Rngs(...)``, one of its streams or a key.
 ``is_training`` is what ``model.train()`` and ``model.eval()`` set, unless a call gives it.
 
 A submodule may be called by itself, where it needs no values but its own, and replaced, by
@@ -333,9 +333,13 @@ def set_variables(model: Face, variables: Mapping[str, Any]) -> None:
     variables = meta.unbox(variables)
     known, given = _shapes(get_variables(model)), _shapes(variables)
     for key in [*known, *given]:
-        if known.get(key) != given.get(key):
+        if key not in known:
             raise ValueError(
-                f"variables{key} must have the shape {known.get(key, 'of nothing')}, got "
+                f"variables{key} is no variable of this model: give those of the same model"
+            )
+        if known[key] != given.get(key):
+            raise ValueError(
+                f"variables{key} must have the shape {known[key]}, got "
                 f"{given.get(key, 'nothing')}: give the variables of the same model"
             )
     trees = _haiku_trees(model._source.face, variables)

@@ -39,9 +39,9 @@ class MLP(hk.Module):
       name: Name of the module.
 
     Raises:
-      ValueError: Both sizes are given, a size is not positive, or the number of
-        activations is not that of the hidden layers.
-      TypeError: An argument has the wrong type.
+      ValueError: Both sizes are given, a size is not positive, the number of
+        activations is not that of the hidden layers, or the precision is unknown.
+      TypeError: The dtype is unknown, or an activation or initializer is not callable.
 
     Source: `Multi-layer perceptron of NetKet
     <https://netket.readthedocs.io/en/latest/api/_generated/models/netket.models.MLP.html>`_.
@@ -200,9 +200,10 @@ def _as_structure(block: MLP, x: jax.Array) -> tuple[structure.Layer, ...]:
     if hk.running_init():
         block(x)  # makes those of the activations too, outside of what is traced below
     layers: list[structure.Layer] = []
-    h = jax.ShapeDtypeStruct((arguments.num_features(x),), jnp.result_type(x))
+    one = (*[1] * (jnp.ndim(x) - 1), arguments.num_features(x))
+    h = jax.ShapeDtypeStruct(one, jnp.result_type(x))
     for linear, activation in _layers(block, h.shape[-1]):
-        layer = structure.Layer(*linear.parameters(h.shape[-1]), None, linear.precision)
+        layer = structure.Layer(*linear._parameters(h.shape[-1]), None, linear.precision)
         z = jax.eval_shape(layer.affine, h)
         if callable(activation):
             layer = layer._replace(activation=_without_parameters(activation, z))

@@ -63,15 +63,17 @@ class Linear(hk.Module):
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Returns ``(..., output_size)`` for inputs ``(..., input_size)``."""
-        w, b = _parameters(self, arguments.num_features(inputs))
+        w, b = _weights(self, arguments.num_features(inputs))
         return affine(inputs, w, b, self.precision)
 
-    def parameters(self, input_size: int) -> tuple[jax.Array, jax.Array | None]:
+    # For code outside, which is not in the module's scope.  Not a public method: that would be a
+    # call for compat to show.
+    def _parameters(self, input_size: int) -> tuple[jax.Array, jax.Array | None]:
         """Returns ``w (input_size, output_size)`` and ``b (output_size,)``, or None for ``b``."""
-        return _parameters(self, input_size)
+        return _weights(self, input_size)
 
 
-def _parameters(layer: Linear, input_size: int) -> tuple[jax.Array, jax.Array | None]:
+def _weights(layer: Linear, input_size: int) -> tuple[jax.Array, jax.Array | None]:
     arguments.check_weights(input_size, layer.output_size)
     # Without x64 JAX warns of each 64-bit dtype asked for; a dtype it has goes on as given.
     dtype = jax.dtypes.canonicalize_dtype(layer.param_dtype)
@@ -79,12 +81,10 @@ def _parameters(layer: Linear, input_size: int) -> tuple[jax.Array, jax.Array | 
     is_kept = layer.param_dtype is not None and dtype == jnp.dtype(layer.param_dtype)
     dtype = layer.param_dtype if is_kept else dtype
     shape = (input_size, layer.output_size)
-    w_init = as_haiku_initializer(layer.kernel_init)
-    w = hk.get_parameter("w", shape, dtype, w_init)
+    w = hk.get_parameter("w", shape, dtype, as_haiku_initializer(layer.kernel_init))
     if not layer.use_bias:
         return w, None
-    b_init = as_haiku_initializer(layer.bias_init)
-    return w, hk.get_parameter("b", (layer.output_size,), dtype, b_init)
+    return w, hk.get_parameter("b", shape[1:], dtype, as_haiku_initializer(layer.bias_init))
 
 
 def affine(x: jax.Array, w: jax.Array, b: jax.Array | None, precision: Any = None) -> jax.Array:

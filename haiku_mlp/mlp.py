@@ -52,9 +52,9 @@ class MLP(hk.Module):
       name: Name of the module.
 
     Raises:
-      ValueError: Both sizes are given, a size is not positive, or the number of
-        activations is not that of the hidden layers.
-      TypeError: An argument has the wrong type.
+      ValueError: Both sizes are given, a size is not positive, the number of
+        activations is not that of the hidden layers, or the precision is unknown.
+      TypeError: The dtype is unknown, or an activation or initializer is not callable.
 
     Source: `Multi-layer perceptron of NetKet
     <https://netket.readthedocs.io/en/latest/api/_generated/models/netket.models.MLP.html>`_.

@@ -259,7 +259,7 @@ WRAPPED = {
     "no key for dropout": (
         lambda: compat.HaikuFunction(lambda x: hk.dropout(hk.next_rng_key(), 0.5, x)).apply({}, X),
         errors.InvalidRngError,
-        'needs PRNG for "dropout"',
+        'needs PRNG for "apply"',
     ),
 }
 

@@ -464,6 +464,28 @@ def test_a_name_made_of_arguments():
         assert_identical(model.apply(variables, X), net.apply(params, X))
 
 
+class LooksAtEntries(hk.Module):
+    """Whose constructor cannot be traced."""
+
+    def __init__(self):
+        super().__init__(name="looks")
+        self.order = np.asarray(hk.get_state("order", [3], jnp.int32, init=descending))
+
+    def __call__(self, x):
+        return x[:, self.order]
+
+
+def descending(shape, dtype):
+    return jnp.arange(*shape, dtype=dtype)[::-1]
+
+
+def test_a_constructor_that_looks_at_entries():
+    model = compat.wrap(LooksAtEntries)()
+    variables = model.init(KEY, X)
+    assert variables["state"]["order"].tolist() == [2, 1, 0]
+    assert_identical(model.apply(variables, X), X[:, ::-1])
+
+
 # Modules as arguments.
 
 

@@ -16,7 +16,7 @@ from flax import linen as nn
 import compat
 import haiku_mlp
 from compat.mirror import private as internals
-from compat.mirror.run import is_missing_key
+from compat.mirror.run import is_missing_key, is_missing_parameter
 
 KEY = jax.random.key(0)
 ROOT = pathlib.Path(__file__).parent.parent
@@ -55,6 +55,14 @@ def test_missing_key():
         assert is_missing_key(caught.value)
     for error in (ValueError("a non-None PRNGKey"), KeyError()):
         assert not is_missing_key(error)
+
+
+def test_missing_parameter():
+    net = hk.transform(lambda: hk.get_parameter("w", (), init=jax.numpy.zeros))
+    with pytest.raises(ValueError, match="parameter") as caught:
+        net.apply({}, None)
+    assert is_missing_parameter(caught.value)
+    assert not is_missing_parameter(ValueError("another"))
 
 
 def function(x):

@@ -95,6 +95,9 @@ MODELS = {
     "lifted subclass": nn.jit(Subclass, methods=ALL)(hidden_dims=(5,)),
     "mapped variables": DOUBLED(hidden_dims=(5,), hidden_activations=jnp.tanh),
     "mixing": compat.MLP(hidden_dims=(5,), hidden_activations=jax.nn.softmax),
+    "of batches": compat.MLP(
+        hidden_dims=(5,), hidden_activations=lambda z: z / (1 + jnp.sum(z**2, 1, keepdims=True))
+    ),
     "of a graph": OfAGraph(),
     "netket": nk.models.MLP(hidden_dims=(5,), hidden_activations=jnp.tanh),
 }
@@ -125,7 +128,12 @@ def assert_same(state, ours, stock):
 @pytest.mark.parametrize(
     ("name", "mass"),
     first(
-        {("waves", "unequal"), ("mixing", "equal"), ("subclass", "equal"), ("of a graph", "equal")},
+        {
+            ("waves", "unequal"),
+            ("of batches", "equal"),
+            ("subclass", "equal"),
+            ("of a graph", "equal"),
+        },
         itertools.product(MODELS, MASSES),
     ),
 )

@@ -171,6 +171,25 @@ def test_elementwise_activations(name):
     assert_same(layers, x)
 
 
+def test_an_activation_that_needs_a_batch():
+    def in_rows(z):
+        return jax.vmap(lambda row: SLOPES * jnp.sin(row) + row.shape[0])(z)
+
+    x = inputs(4)
+    ours = laplacian(network(4, 3, 3, 1, activation=in_rows), x)
+    plain = laplacian(network(4, 3, 3, 1, activation=lambda z: SLOPES * jnp.sin(z) + 3), x)
+    assert_close(ours, plain, 1e-14)
+
+
+@pytest.mark.parametrize("sizes", [(9, 2, 1), (3, 5, 1)])
+def test_single_weights_of_double_inputs(sizes):
+    """All is computed as precisely as the inputs are."""
+    single = tuple(layer._replace(w=layer.w.astype(jnp.float32)) for layer in network(*sizes))
+    double = tuple(layer._replace(w=layer.w.astype(float)) for layer in single)
+    x = inputs(sizes[0])
+    assert_close(laplacian(single, x), laplacian(double, x), 1e-14)
+
+
 @pytest.mark.parametrize("name", MIXING)
 def test_activations_that_mix_are_refused(name):
     layers = network(4, 3, 3, 1, activation=MIXING[name])

@@ -127,6 +127,16 @@ class TestConfigurations:
         )
         assert_close(at_configurations(network, x, y), forward(network, y.astype(float)), 1e-14)
 
+    def test_complex_configurations_of_real_weights(self):
+        network, (x, y) = self.network(), self.configurations(2)
+        x, y = x + 0j, y + 0.5j * (y != x[:, None])
+        assert_close(at_configurations(network, x, y), forward(network, y), 1e-14)
+
+    def test_an_infinite_entry_that_is_replaced(self):
+        network, (x, y) = self.network(), self.configurations(2, dtype=float)
+        x = x.at[0, 3].set(jnp.inf)
+        assert_close(at_configurations(network, x, y), forward(network, y), 1e-14)
+
     def test_strict_promotion(self):
         network, (x, y) = self.network(dtype=complex), self.configurations(2)
         expected = forward(network, y)

@@ -181,9 +181,10 @@ class _Trace:
         self.params, self.state = jax.eval_shape(run, list(filter(_is_abstract, leaves)))
 
     def send(self, module: hk.Module, method: str, go_on: Call) -> Call:
-        is_wanted = module.module_name in self._wanted and self.found is None
-        if is_wanted and not _holds_tracer(module, set()):
-            self.found = snapshot(module)
+        if module.module_name in self._wanted and self.found is None:
+            tracers: list[Any] = []
+            copy = snapshot(module, tracers)
+            self.found = None if tracers else copy
         return go_on
 
     def module(self, module_name: str) -> Any:
@@ -197,17 +198,3 @@ def _unboxed(make: Any, shape: Any, dtype: Any, init: Any, context: hk.GetterCon
 
 def _is_abstract(leaf: Any) -> bool:
     return isinstance(leaf, jax.ShapeDtypeStruct)
-
-
-def _holds_tracer(value: Any, seen: set[int]) -> bool:
-    """Returns whether a Haiku module, or what it keeps, has an array of the trace it is from."""
-    if isinstance(value, hk.Module):
-        is_new = id(value) not in seen
-        seen.add(id(value))
-        return is_new and _holds_tracer(vars(value), seen)
-    if isinstance(value, dict):  # JAX would sort its keys, which may not be comparable
-        return any(_holds_tracer(entry, seen) for entry in value.values())
-    entries, treedef = jax.tree.flatten(value, is_leaf=lambda node: node is not value)
-    if jax.tree_util.treedef_is_leaf(treedef):
-        return isinstance(value, jax.core.Tracer)
-    return any(_holds_tracer(entry, seen) for entry in entries)

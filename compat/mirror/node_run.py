@@ -21,9 +21,7 @@ from .attributes import SILENT, Source
 from .calls import Call, Calls, watcher
 from .names import HaikuTree, Path
 from .private import is_capturing
-from .run import haiku_key, is_missing_key
-
-_transformed = hk.transform_with_state(lambda body: body())
+from .run import haiku_key, is_missing_key, is_missing_parameter, transformed
 
 
 class StandIn(nnx.Module):
@@ -92,10 +90,10 @@ class Run:
 
         self._alone = alone
         try:
-            output, state = _transformed.apply(*self.load().values(), key, body)
+            output, state = transformed.apply(*self.load().values(), key, body)
         except ValueError as error:
             # A parameter that is missing makes its initializer draw, which misses a key then.
-            if str(error).startswith("Unable to retrieve parameter"):
+            if is_missing_parameter(error):
                 self._check_replaced(self._layout.modules)
                 error.add_note(
                     f"It is not in {'.'.join(self._node._path) or 'the model'}: give an example "
@@ -114,7 +112,7 @@ class Run:
     def needs_key(self) -> bool:
         """Returns whether the code fails without a key; ``hk.scan`` and the like hand it on."""
         try:
-            jax.eval_shape(lambda: _transformed.apply(*self.load().values(), None, self._alone))
+            jax.eval_shape(lambda: transformed.apply(*self.load().values(), None, self._alone))
         except Exception:  # it may be for want of a submodule that has been replaced
             return True
         return False

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import haiku as hk
+import jax
 from flax import errors, nnx
 
 from .attributes import Source
@@ -84,20 +85,33 @@ class Node(StandIn, metaclass=NodeClass):
         if arrive is not None:
             return arrive(*args, **kwargs)
         function = self._function(method)
-        stream = getattr(self, "rngs", None)
+        given = None
         if "rngs" in kwargs.keys() - inspect.signature(function).parameters.keys():
-            stream = kwargs.pop("rngs").dropout
+            given = kwargs.pop("rngs")
+        stream = _stream(getattr(self, "rngs", None) if given is None else given)
         kwargs = self._in_mode(function, args, kwargs)
         run = Run(self)
-        key = None if stream is None else nnx.clone(stream)()
+        key = nnx.clone(stream)() if isinstance(stream, nnx.RngStream) else stream
         output = run(lambda: self._source.haiku(self._path), method, args, kwargs, key)
-        if run.drew and stream is not None:
+        if run.drew and isinstance(stream, nnx.RngStream):
             try:
                 stream()  # counts; a call that draws nothing leaves the stream as it is
             except errors.TraceContextError:
                 if run.needs_key():
                     raise
         return output
+
+
+def _stream(rngs: Any) -> nnx.RngStream | jax.Array | None:
+    """Returns what a call draws its key from: what ``nnx.Dropout`` takes, too."""
+    if rngs is None or isinstance(rngs, nnx.RngStream | jax.Array):
+        return rngs
+    if not isinstance(rngs, nnx.Rngs):
+        raise TypeError(
+            f"rngs must be nnx.Rngs, a stream of it or a key, got {type(rngs).__name__}: give "
+            "nnx.Rngs(0)"
+        )
+    return rngs.dropout
 
 
 def reserved(hk_cls: type[hk.Module]) -> set[str]:

@@ -108,8 +108,11 @@ def row_class(hk_cls: type[hk.Module]) -> type[Row]:
     return type(hk_cls.__name__, (Row,), namespace, haiku=hk_cls)
 
 
-def snapshot(value: Any) -> Any:
-    """Copies a Haiku module as it is now, with zeros for the tracers that it keeps."""
+def snapshot(value: Any, tracers: list[Any] | None = None) -> Any:
+    """Copies a Haiku module as it is now, with zeros for the tracers that it keeps.
+
+    These are added to ``tracers``.
+    """
     copies: dict[int, hk.Module] = {}
 
     def copied(node: Any) -> Any:
@@ -124,6 +127,8 @@ def snapshot(value: Any) -> Any:
             return entries
         if not isinstance(node, jax.core.Tracer):
             return node
+        if tracers is not None:
+            tracers.append(node)
         if jnp.issubdtype(node.dtype, jax.dtypes.prng_key):
             return jax.random.split(jax.random.key(0), node.shape)
         return jnp.zeros(node.shape, node.dtype)

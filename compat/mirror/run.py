@@ -24,7 +24,7 @@ from .names import Names, Path
 from .private import is_flax_looking, no_flax_parent
 from .values import Values
 
-_transformed = hk.transform_with_state(operator.call)
+transformed = hk.transform_with_state(operator.call)
 
 
 class NameScope(hk.Module):
@@ -84,13 +84,13 @@ class Run:
         try:
             key = None if is_creating and self.is_closed else self._key(streams)
             if is_creating:
-                _transformed.init(key, body)
+                transformed.init(key, body)
             else:
-                _transformed.apply(self._values.params, self._values.state, key, body)
+                transformed.apply(self._values.params, self._values.state, key, body)
         except ValueError as error:
             if not is_missing_key(error):
                 raise
-            stream = "params" if self.scope.is_mutable_collection("params") else "dropout"
+            stream = "params" if self.scope.is_mutable_collection("params") else "apply"
             raise errors.InvalidRngError(
                 f'{self.host.name or type(self.host).__name__} needs PRNG for "{stream}": give '
                 f"rngs={{{stream!r}: key}} (which a pair of hk.without_apply_rng never gets)"
@@ -197,6 +197,11 @@ def is_missing_key(error: Exception) -> bool:
     """Returns whether Haiku raised ``error`` because it had no random key to draw from."""
     # Where an initializer drew at apply, it is the cause of another.
     return isinstance(error, _MISSING_KEY) or isinstance(error.__cause__, _MISSING_KEY)
+
+
+def is_missing_parameter(error: Exception) -> bool:
+    """Returns whether Haiku raised ``error`` for a parameter that it was not given."""
+    return str(error).startswith("Unable to retrieve parameter")
 
 
 try:

@@ -118,6 +118,7 @@ class Values:
             value = make(shape, dtype, _in_scope(init, scope))
             if value is hk.DO_NOT_STORE:
                 return value
+            scope, name = self._find("params", context, value)
             scope.put_variable("params", name, value)
         # At apply Haiku's frame takes no new parameter; the getter supplies it.
         return _get(scope, "params", name) if hk.running_init() else hk.DO_NOT_STORE
@@ -139,14 +140,16 @@ class Values:
 
     def _get_parameter(self, next_getter: Call, value: Any, context: hk.GetterContext) -> Any:
         """Parameter getter: supplies what the frame does not take, and checks shapes as Flax."""
-        if self._place.is_same_transform():
-            if value is hk.DO_NOT_STORE:
-                scope, name = self._find("params", context)
-                value = _get(scope, "params", name)
-            is_stored = value is not hk.DO_NOT_STORE
-            if is_stored and getattr(value, "shape", None) != tuple(context.original_shape):
-                self._raise(context)
-        return next_getter(value)
+        if not self._place.is_same_transform():
+            return next_getter(value)
+        if value is hk.DO_NOT_STORE:
+            scope, name = self._find("params", context)
+            value = _get(scope, "params", name)
+        is_stored = value is not hk.DO_NOT_STORE
+        value = next_getter(value)  # which may make the shape of another one that is stored
+        if is_stored and getattr(value, "shape", None) != tuple(context.original_shape):
+            self._raise(context)
+        return value
 
     def _create_state(
         self, make: Call, shape: Sequence[int], dtype: Any, init: Call, context: hk.GetterContext
@@ -165,10 +168,16 @@ class Values:
         self._is_written = True
         return next_setter(value)
 
-    def _find(self, collection: str, context: hk.GetterContext) -> tuple[Scope, str]:
-        """Returns scope and Flax name of the value that is asked for now."""
+    def _find(
+        self, collection: str, context: hk.GetterContext, value: Any = None
+    ) -> tuple[Scope, str]:
+        """Returns scope and Flax name of the value that is asked for now; of a new one, given."""
         module_name, name = _names(context)
-        scope, key = self.scope(module_name), self.names.key(collection, module_name, name)
+        scope = self.scope(module_name)
+        key = self.names.key(collection, module_name, name, value)
+        escaped = self.names.key(collection, module_name, name, {})
+        if scope.has_variable(collection, escaped) and not scope.has_variable(collection, key):
+            key = escaped
         _reserve(scope, key, collection)
         return scope, key
 

@@ -30,7 +30,7 @@ def differences(
       x: Configurations ``(B, N)``.
       y: Configurations ``(B, N)``.
       max_changes: Entries looked for; where a row has more, its first ones are missing.
-      dtype: dtype of the differences, real.
+      dtype: dtype of the differences.
 
     Returns:
       Sites and differences ``y - x``, each ``(B,)`` and one for each change; the
@@ -71,7 +71,8 @@ def shift(
     """Returns the first layer's ``z (B, H)`` after changes of its inputs, each ``(B,)``."""
     for site, change in zip(sites, changes, strict=True):
         rows = first.w.at[site].get(mode="clip").astype(z.dtype)
-        z = z + change.astype(z.real.dtype)[:, None] * rows
+        dtype = z.dtype if jnp.iscomplexobj(change) else z.real.dtype
+        z = z + change.astype(dtype)[:, None] * rows
     return z
 
 

@@ -88,6 +88,9 @@ def _outputs(
         return jnp.zeros((num_samples, num_configurations, at_x.shape[-1]), at_x.dtype)
     block_size = min(size, block_size or _block_size(size))
     num_changes = changes.count(y != x[:, None]).reshape(size)
+    # No change of its first layer gets rid of what is not finite.
+    most = jnp.where(jnp.all(jnp.isfinite(x)), jnp.max(num_changes), num_inputs)
+    of_changes = z.dtype if jnp.iscomplexobj(x) else z.real.dtype
     place, order = _packed(num_changes > 0, -size % block_size)
     configurations = y.reshape(size, num_inputs)
 
@@ -98,7 +101,7 @@ def _outputs(
         if number is None:
             moved = first.affine(there)
         else:
-            different = changes.differences(x[sample], there, number, z.real.dtype)
+            different = changes.differences(x[sample], there, number, of_changes)
             moved = changes.shift(first, z[sample], *different)
         values = forward(tuple(rest), first.activate(moved))
         return lax.dynamic_update_slice_in_dim(found, values, start, 0)
@@ -106,7 +109,7 @@ def _outputs(
     # Loops that run or not, since the CPU compiler takes one thread for the branches of a
     # condition.
     found, num_blocks = at_x[order // num_configurations], -(-place[-1] // block_size)
-    for number, is_it in _choices(jnp.max(num_changes), num_inputs):
+    for number, is_it in _choices(most, num_inputs):
         length = jnp.where(is_it, num_blocks, 0)
         found = lax.fori_loop(0, length, functools.partial(evaluate, number), found)
     found = found[jnp.maximum(place - 1, 0)].reshape(num_samples, num_configurations, -1)

@@ -24,7 +24,7 @@ class Inputs:
     def at(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None, jax.Array]:
         """Returns ``z (H,)`` at ``x (N,)``, its Jacobian ``(N, H)`` and Laplacian ``(H,)``."""
         z = self.layer.affine(x)
-        return z, jnp.asarray(self.layer.w, z.dtype), jnp.zeros_like(z)
+        return z, self.layer.w, jnp.zeros_like(z)
 
     def inner(self, a: Any, b: Any) -> jax.Array:
         """Returns the sum over the inputs of the products of two Jacobians: ``(units,)``."""
@@ -112,6 +112,8 @@ def first_layer(
         if (found == SEVERAL).any():
             return _OfFeatures(layer, weights, features)
         return _OfSingleInputs(layer, weights, features, found)
+    dtype = common_dtype(x, *(a for a in (layer.w, layer.b) if a is not None))
+    layer = layer._replace(w=layer.w.astype(dtype))
     return (_FewUnits if _is_fewer_units(layers) else Inputs)(layer, weights)
 
 

@@ -76,7 +76,7 @@ def laplacian(
         raise TypeError(f"x must be real, got {x.dtype}")
     x = x.astype(common_dtype(x.dtype, layers[0].w.real.dtype))
     widths = [layer.w.shape[-1] for layer in layers]
-    of_one = functools.partial(_laplacian, features)
+    of_one = functools.partial(_laplacian, features, x.ndim - 1)
     with jax.numpy_dtype_promotion("standard"):  # of weights and inputs, as elsewhere
         return map_samples(
             of_one, (layers, weights), (x,), x.ndim - 1, entries=x.shape[-1] * max(widths)
@@ -92,11 +92,14 @@ class _Carry(NamedTuple):
 
 
 def _laplacian(
-    features: Features | None, network: tuple[tuple[Layer, ...], jax.Array | None], x: jax.Array
+    features: Features | None,
+    num_axes: int,
+    network: tuple[tuple[Layer, ...], jax.Array | None],
+    x: jax.Array,
 ) -> Derivatives:
-    """Returns the derivatives for one input ``(N,)``."""
+    """Returns the derivatives for one input ``(N,)`` of a batch with ``num_axes`` axes."""
     layers, weights = network
-    first, *rest = layers
+    first, *rest = [_of_batches(layer, num_axes) for layer in layers]
     start = first_layer(layers, x, features, weights)
     at = _activate(first, *start.at(x), start)
     for layer in rest:
@@ -106,6 +109,18 @@ def _laplacian(
         at = _activate(layer, z, jacobian, apply(at.laplacian, layer.w), start)
     gradient = _sum([j if factor is None else factor[None] * j for factor, j in at.jacobian])
     return Derivatives(at.value, start.by_inputs(gradient).T, at.laplacian)
+
+
+def _of_batches(layer: Layer, num_axes: int) -> Layer:
+    """Returns a layer for one input whose activation sees as many axes as in a forward pass."""
+    if not callable(layer.activation):
+        return layer
+    return layer._replace(activation=functools.partial(_in_batch, layer.activation, num_axes))
+
+
+def _in_batch(activation: Activation, num_axes: int, z: jax.Array) -> jax.Array:
+    axes = tuple(range(num_axes))
+    return jnp.squeeze(activation(jnp.expand_dims(z, axes)), axes)
 
 
 def _times(factor: jax.Array | None, jacobian: jax.Array | None, layer: Layer) -> jax.Array:

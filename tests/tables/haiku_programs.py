@@ -189,6 +189,33 @@ def hooks(x):
         return Counter()(Net()(x))
 
 
+def padded(x):
+    """Parameters that are stored in another shape."""
+
+    def creator(next_creator, shape, dtype, init, context):
+        return jnp.pad(next_creator(shape, dtype, init), [(0, 1)] * len(shape))
+
+    def getter(next_getter, value, context):
+        return next_getter(value)[tuple(map(slice, context.original_shape))]
+
+    with hk.custom_creator(creator), hk.custom_getter(getter):
+        return hk.Linear(3)(x)
+
+
+def quantised(x):
+    """Parameters that are stored as trees."""
+
+    def creator(next_creator, shape, dtype, init, context):
+        value = next_creator(shape, dtype, init)
+        return {"steps": jnp.round(127 * value), "unit": jnp.full((), 1 / 127, dtype)}
+
+    def getter(next_getter, value, context):
+        return next_getter(value["steps"] * value["unit"])
+
+    with hk.custom_creator(creator), hk.custom_getter(getter):
+        return hk.Linear(3)(x)
+
+
 def mixed_precision(x):
     policy = jmp.get_policy("params=float32,compute=bfloat16,output=float32")
     cls = type("Mixed", (Net,), {})
@@ -265,6 +292,8 @@ _PROGRAMS = {
     "BatchApply": lambda x: hk.BatchApply(Net())(x[None]),
     "DeepRNN": deep_rnn,
     "hooks": hooks,
+    "padded parameters": padded,
+    "trees as parameters": quantised,
     "mixed precision": mixed_precision,
     "keys": keys,
     "reserved keys": reserved_keys,
