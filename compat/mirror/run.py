@@ -90,10 +90,13 @@ class Run:
         except ValueError as error:
             if not is_missing_key(error):
                 raise
-            stream = "params" if self.scope.is_mutable_collection("params") else "apply"
+            name = self.host.name or type(self.host).__name__
+            is_to_make = self.scope.is_mutable_collection("params")
+            needed = '"params"' if is_to_make else '"apply" or "dropout"'
             raise errors.InvalidRngError(
-                f'{self.host.name or type(self.host).__name__} needs PRNG for "{stream}": give '
-                f"rngs={{{stream!r}: key}} (which a pair of hk.without_apply_rng never gets)"
+                f"{name} needs PRNG for {needed}: give "
+                f"rngs={{{'params' if is_to_make else 'dropout'!r}: key}} "
+                "(which a pair of hk.without_apply_rng never gets)"
             ) from error
         return outputs[0]
 
