@@ -96,9 +96,10 @@ class Perceptron(Mirrored):
 
 def _is_open(activation: Callable[..., Any]) -> bool:
     """Returns whether an activation may make modules or draw keys: all but JAX's own."""
-    module, name = (str(getattr(activation, of, "")) for of in ("__module__", "__name__"))
-    is_jaxs = module.startswith("jax.") and vars(sys.modules[module]).get(name) is activation
-    return not is_jaxs
+    module = sys.modules.get(getattr(activation, "__module__", ""))
+    if module is None or not module.__name__.startswith("jax."):
+        return True
+    return getattr(module, getattr(activation, "__name__", ""), None) is not activation
 
 
 class Dense(Mirrored, nn.Dense, haiku=haiku_mlp.Linear):
@@ -157,7 +158,7 @@ class MLP(Perceptron, haiku=haiku_mlp.blocks.MLP):
         object.__setattr__(self, "output_dim", size(self.output_dim, "output_dim"))
         super().__post_init__()
 
-    tangent_kernel = Perceptron.tangent_kernel
+    tangent_kernel = Perceptron.tangent_kernel  # in place of Haiku's
 
     @nn.nowrap
     def _haiku(self) -> haiku_mlp.blocks.MLP:

@@ -1,4 +1,4 @@
-"""The Flax faces: the MLP; any Haiku module or function (from ``compat.wrapping``)."""
+"""The Flax faces: the MLP here, any Haiku module or function from the files beside it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -70,7 +70,7 @@ class MLP(Perceptron, haiku=haiku_mlp.MLP):
     kernel_init: Callable = default_kernel_init
     bias_init: Callable = default_bias_init
 
-    tangent_kernel = Perceptron.tangent_kernel
+    tangent_kernel = Perceptron.tangent_kernel  # in place of Haiku's
 
     @nn.nowrap
     def _haiku(self) -> haiku_mlp.MLP:

@@ -21,7 +21,7 @@ a native module or one from another model: ``model.block.linear_0 = nnx.Linear(.
 runs its own code; a native one takes no ``is_training`` but has a mode of its own.
 :func:`get_variables` and :func:`set_variables` lead to the trees of Linen and Haiku.
 
-Flax 0.11 is the lowest version, where ``nnx.capture`` and ``nnx.iter_modules`` are not yet.
+Flax 0.11 is the lowest version, where ``nnx.capture`` and ``nnx.iter_modules`` do not exist yet.
 
 Example::
 

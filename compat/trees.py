@@ -132,8 +132,8 @@ def _flat(names: Names, collection: str, tree: Tree) -> HaikuTree:
     key = next(iter(flat.get("", ())), unknown(names, collection, tree))
     if key is not None:
         raise ValueError(
-            f"unknown key {key!r} in {collection!r}: compat names nothing so; if the tree leaves a "
-            "level out, give the name of its Haiku module as root"
+            f"unknown key {key!r} in {collection!r}: no name that compat gives; if the tree "
+            "leaves a level out, give the name of its Haiku module as root"
         )
     return flat
 

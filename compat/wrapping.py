@@ -192,7 +192,7 @@ def _bound(cls: type[Wrapped], is_change: bool, /, *args: Any, **kwargs: Any) ->
     """Returns arguments by the names that they have in Flax."""
     signature = cls.__signature__
     many = [p.name for p in signature.parameters.values() if p.kind is p.VAR_POSITIONAL]
-    # *arguments change all at once, by their name.
+    # A clone gives all of *arguments anew, by keyword.
     changes = {name: kwargs.pop(name) for name in many if is_change and name in kwargs}
     try:
         for name in kwargs:

@@ -245,7 +245,7 @@ def _parameters_read(run: Callable[[], Any]) -> dict[tuple[str, str], jax.Array]
     read: dict[tuple[str, str], jax.Array] = {}
 
     def note(next_getter: Any, value: jax.Array, context: hk.GetterContext) -> jax.Array:
-        # Not what getters before this one make of it: they act again where it is read again.
+        # The stored value: getters before this one act again where it is read again.
         module, name = context.module_name, context.name
         read[module, name] = stored.get(module, {}).get(name, value)
         return next_getter(value)

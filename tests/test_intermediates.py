@@ -280,3 +280,14 @@ def test_outputs_of_another_batch():
         with pytest.raises(ValueError, match="missing perturbation variable __call___1"):
             MLP.apply(variables, X[:1])
     MLP.apply(variables, X[:1])
+
+
+def test_weights_are_no_output():
+    """Of the layers that ``connected`` takes apart no call is captured."""
+    model, sites = compat.MLP(hidden_dims=(4,)), jnp.zeros((2, 1), int)
+    arguments = X[0], sites, jnp.ones((2, 1))
+    variables = model.init(KEY, X[0])
+    options = {"capture_intermediates": lambda module, name: True, "mutable": True}
+    _, found = model.apply(variables, *arguments, method="connected", **options)
+    assert set(found["intermediates"]) == {"connected", "MLP_0"}
+    assert set(found["intermediates"]["MLP_0"]) == {"connected"}

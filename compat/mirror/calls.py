@@ -37,8 +37,9 @@ class Place:
 
     @contextlib.contextmanager
     def left(self) -> Iterator[Callable[[], None]]:
-        """Returns a context that is elsewhere, until the transform that starts after a call
-        of what it yields: that is the place then.
+        """Returns a context in which nothing is in this place.
+
+        Once the function that it yields has been called, the next transform to start is.
         """
         context, self._context = self._context, None
         try:

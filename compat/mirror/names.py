@@ -103,10 +103,9 @@ def unflatten(names: Names, collection: str, tree: Mapping[str, Tree]) -> dict[s
 def flatten(names: Names, collection: str, tree: Tree) -> HaikuTree:
     """Returns the flat Haiku tree of a nested Flax tree: the inverse of ``unflatten``.
 
-    Leaves out what ``unflatten`` would have named otherwise: it is no value of Haiku's.  So is
-    None where the value is a mapping now, or was one.
-    Only the cut of a module's name into levels is free, as in ``haiku.experimental.flax``,
-    where ``~`` is a level.
+    Leaves out what ``unflatten`` would have named otherwise: it is no value of Haiku's.  Nor is
+    None at a name that the value had before, when it was a mapping, or was none.  Only the cut of
+    a module's name into levels is free, as in ``haiku.experimental.flax``, where ``~`` is a level.
     """
     flat: HaikuTree = {}
     levels = [(path, names.module_name(path), level) for path, level in _levels(tree)]

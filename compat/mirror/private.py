@@ -25,7 +25,7 @@ def haiku_context() -> object:
 
 
 def is_flax_looking() -> bool:
-    """Returns whether Flax sees the calls that its modules make now, which it keeps to itself.
+    """Returns whether Flax sees the calls that its modules make now; no public function tells.
 
     So it does for ``nn.intercept_methods``, ``tabulate`` and ``capture_intermediates``, and outside
     of ``init`` and ``apply``, where a bound module shows afterwards which children it made.

@@ -39,7 +39,7 @@ class Values:
         self.scopes: dict[Path, Scope] = {(): scope}
         self._root = scope
         self._is_written = False
-        # Those of new parameters, and the shape in them, by module and name.
+        # Boxes of new parameters, and the shape of what is in them, by module and name.
         self._boxes: dict[tuple[str, str], tuple[meta.AxisMetadata[Any], tuple[int, ...]]] = {}
         variables = scope.variables() if load else {}
         self.params, self.state = (

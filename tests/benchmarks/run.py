@@ -1,9 +1,9 @@
-"""Prints the ratios of the benchmarks, all measured in one run, and writes them to a file.
+"""Prints the ratios of the benchmarks, and writes them to ``results.txt``, by group.
 
-Each line is a time (or what it says) in units of that of the thing it is compared with: the
-median of interleaved repetitions, and the quartiles.
+Each line is a time (or what it says) in units of that of the thing it is compared with, both
+measured in this run: the median of interleaved repetitions, and the quartiles.
 
-Run: python tests/benchmarks/run.py [GROUP ...]    (no GROUP: all, and results.txt is written)
+Run: python tests/benchmarks/run.py [GROUP ...]    (no GROUP: all)
 """
 
 import importlib.metadata
@@ -68,29 +68,35 @@ GROUPS: dict[str, tuple[str, Callable[[], Iterator[tuple[str, ...]]]]] = {
 }
 
 
-def lines(names: list[str]) -> Iterator[str]:
-    """Yields the table, line by line."""
+def header() -> str:
+    """Returns what was measured, and on what."""
     packages = ("jax", "dm-haiku", "flax", "netket", "equinox", "folx")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     cores, device = len(os.sched_getaffinity(0)), jax.devices()[0].device_kind
-    yield f"{platform.machine()}, {cores} cores, {device}, Python {platform.python_version()}"
-    yield versions
-    for name in names:
-        title, rows = GROUPS[name]
-        yield ""
-        yield title
-        yield "-" * len(title)
-        for what, who, value in rows():
-            yield f"{what:<83}  {who:<32}  {value}"
+    machine = f"{platform.machine()}, {cores} cores, {device}, Python {platform.python_version()}"
+    return f"{machine}\n{versions}\nfloat64; each group in one run, not all in the same"
+
+
+def written() -> dict[str, str]:
+    """Returns the groups that the file has, by title."""
+    parts = RESULTS.read_text().strip().split("\n\n")[1:] if RESULTS.exists() else []
+    return {part.partition("\n")[0]: part for part in parts}
 
 
 def main(names: list[str]) -> None:
-    begin, table = time.perf_counter(), []
-    for line in lines(names or list(GROUPS)):
-        print(line, flush=True)
-        table.append(line)
-        if not names:
-            RESULTS.write_text("\n".join(table) + "\n")
+    begin = time.perf_counter()
+    print(header())
+    for name in names or GROUPS:
+        title, rows = GROUPS[name]
+        lines = [title, "-" * len(title)]
+        print("", *lines, sep="\n", flush=True)
+        for what, who, value in rows():
+            lines.append(f"{what:<83}  {who:<32}  {value}")
+            print(lines[-1], flush=True)
+        found = {**written(), title: "\n".join(lines)}
+        titles = [title for title, _ in GROUPS.values() if title in found]
+        parts = [header(), *(found[title] for title in titles)]
+        RESULTS.write_text("\n\n".join(parts) + "\n")
     print(f"\n{time.perf_counter() - begin:.0f} s", file=sys.stderr)
 
 
