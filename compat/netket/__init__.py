@@ -11,12 +11,15 @@ they are the same up to rounding, in less time.
 from . import local_energies as _local_energies  # noqa: F401  (registers with NetKet's dispatch)
 from .kinetic_energy import KineticEnergy
 from .min_sr import MinSR
+from .plan import Plan, plan
 from .sampler import structured
 from .step import natural_gradient
 
 __all__ = [
     "KineticEnergy",
     "MinSR",
+    "Plan",
     "natural_gradient",
+    "plan",
     "structured",
 ]

@@ -65,24 +65,29 @@ class KineticEnergy(nk.operator.KineticEnergy):
     # NetKet asks operators of continuous spaces for their local values here; a dispatch by
     # type of state would not reach an operator that stands in a sum with a potential.
     def _expect_kernel(self, logpsi: Callable, params: Any, x: jax.Array) -> jax.Array:
+        values = self.by_laplacian(logpsi, params, x)
+        return super()._expect_kernel(logpsi, params, x) if values is None else values
+
+    def by_laplacian(self, logpsi: Callable, params: Any, x: jax.Array) -> jax.Array | None:
+        """Returns the local values ``(B,)`` at ``x (B, N)``; None where NetKet's path runs."""
         reached: list[bool] = []
 
         def method(model: Any, x: jax.Array) -> jax.Array:
             reached.append(True)
             return self._local_values(model, x)
 
-        if not jnp.iscomplexobj(self.mass):
-            # Of what NetKet makes of other frameworks' models some take no notice of method.
-            try:
-                values = logpsi(params, x, method=method)
-                if reached:
-                    return values
-            except (_NoLaplacianError, MixedEntriesError, OtherCallError):
-                pass
-            except Exception:
-                if reached:
-                    raise
-        return super()._expect_kernel(logpsi, params, x)
+        if jnp.iscomplexobj(self.mass):
+            return None
+        try:
+            values = logpsi(params, x, method=method)
+        except (_NoLaplacianError, MixedEntriesError, OtherCallError):
+            return None
+        except Exception:  # of a model that takes no method, its own call says what is wrong
+            if reached:
+                raise
+            return None
+        # Of what NetKet makes of other frameworks' models some take no notice of method.
+        return values if reached else None
 
     def _local_values(self, model: Any, x: jax.Array) -> jax.Array:
         weights = 1 / self.mass

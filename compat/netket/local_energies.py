@@ -114,14 +114,26 @@ def _local_values(
       connected: An operator, or configurations ``(B, K, N)`` and their elements ``(B, K)``.
       options: ``chunk_size``, the number of configurations in memory at once, or none.
     """
-    network = layers(model, variables)
-    if network is None or bits(network, samples) < 32 or not is_cpu():
+    if not _takes_layers(model, variables, samples):
         return stock(logpsi, variables, samples, connected, **options)
     if not isinstance(connected, DiscreteJaxOperator):
         configurations, elements = connected
         configurations = jnp.reshape(configurations, (len(samples), -1, samples.shape[-1]))
         connected = configurations, jnp.reshape(elements, configurations.shape[:-1])
     return _values(model, options.get("chunk_size"), variables, samples, connected)
+
+
+def _takes_layers(model: Any, variables: Any, samples: Any) -> bool:
+    network = layers(model, variables)
+    return network is not None and bits(network, samples) >= 32 and is_cpu()
+
+
+def are_by_layers(state: MCState, operator: Any) -> bool:
+    """Returns whether the local values of a discrete operator come from a model's layers."""
+    kernel: Any = get_local_kernel(state, operator)
+    sample = jax.ShapeDtypeStruct((1, state.hilbert.size), state.sampler.dtype)
+    is_ours = getattr(kernel, "func", None) is _local_values
+    return is_ours and _takes_layers(mlp_of(state), state.variables, sample)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))  # JAX 0.7 has no jax.jit(static_argnums=...)

@@ -98,13 +98,10 @@ class StructuredMetropolis(nk.sampler.MetropolisSampler):
 
     # NetKet asks subclasses to override this and not sample_next.
     def _sample_next(self, machine: Any, parameters: Any, state: Any) -> Any:
-        network = layers(machine, parameters)
-        if network is None or not self._gains(network, state.σ):
+        found = self.structure(machine, parameters, state)
+        if found is None:
             return super()._sample_next(machine, parameters, state)
-        rng, move_keys, uniform_keys = _keys(state.rng, self.sweep_size)
-        moves = proposals(self, machine, parameters, state, move_keys)
-        if moves is None:
-            return super()._sample_next(machine, parameters, state)
+        network, moves, rng, uniform_keys = found
         num_chains = len(state.σ)
         draw = jax.vmap(lambda key: jax.random.uniform(key, (num_chains,)), out_axes=1)
         # Chains never meet: each device sweeps its own without a word to the others.
@@ -132,6 +129,20 @@ class StructuredMetropolis(nk.sampler.MetropolisSampler):
             n_steps_proc=state.n_steps_proc + self.sweep_size * num_chains,
         )
         return state, (σ, log_prob)
+
+    def structure(
+        self, machine: Any, parameters: Any, state: Any
+    ) -> tuple[tuple[Layer, ...], Proposals, jax.Array, jax.Array] | None:
+        """Returns layers, proposals, the next random state and the keys of a sweep.
+
+        None where NetKet's own path runs.
+        """
+        network = layers(machine, parameters)
+        if network is None or not self._gains(network, state.σ):
+            return None
+        rng, move_keys, uniform_keys = _keys(state.rng, self.sweep_size)
+        moves = proposals(self, machine, parameters, state, move_keys)
+        return None if moves is None else (network, moves, rng, uniform_keys)
 
     def _gains(self, network: tuple[Layer, ...], σ: jax.Array) -> bool:
         # One layer has nothing to save.

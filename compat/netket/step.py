@@ -121,24 +121,24 @@ def _step(
     mode: str,
     chunk_size: int | None,
 ) -> Any:
-    is_small = are_few(params, len(samples) * (1 if mode == "real" else 2))
-    if is_small and mode == "holomorphic":
+    route = step_route(mlp, params, model_state, samples, mode)
+    if route == "parameters" and mode == "holomorphic":
         mode = "complex"  # the same step, of real numbers
 
     def outputs(params: Any, samples: jax.Array) -> jax.Array:
         return _outputs(log_psi({**model_state, "params": params}, samples), mode)
 
     def network(params: Any) -> Any:
-        return None if mlp is None else layers(mlp, {**model_state, "params": params})
+        return _network(mlp, params, model_state)
 
     residuals = _outputs(2 * local_energies, mode)
     options: Any = {"momentum": momentum, "previous": previous}
-    if is_small:
+    if route == "parameters":
         return parameter_step(
             outputs, params, samples, residuals, diag_shift, chunk_size=chunk_size, **options
         )
     linearized = None
-    if _is_linearized(network(params), samples, mode):
+    if route == "layers":
         linearized = Linearized(network(params), samples)
         # natural_gradient centres the kernel; in 32 bits its factors must be centred before.
         kernel = linearized.kernel(centered=is_coarse(linearized.signals[0]))
@@ -156,7 +156,19 @@ def _step(
     return haiku_mlp.natural_gradient(function, params, kernel, residuals, diag_shift, **options)
 
 
-def _is_linearized(network: Any, samples: jax.Array, mode: str) -> bool:
+def _network(mlp: MLP | None, params: Any, model_state: Any) -> Any:
+    return None if mlp is None else layers(mlp, {**model_state, "params": params})
+
+
+def step_route(mlp: MLP | None, params: Any, model_state: Any, samples: Any, mode: str) -> str:
+    """Returns how a step is computed: see :class:`Plan`."""
+    if are_few(params, len(samples) * (1 if mode == "real" else 2)):
+        return "parameters"
+    is_linearized = _is_linearized(_network(mlp, params, model_state), samples, mode)
+    return "layers" if is_linearized else "tangent_kernel"
+
+
+def _is_linearized(network: Any, samples: Any, mode: str) -> bool:
     """Returns whether the derivatives are products of two real factors, on one device."""
     if network is None or mode != "real" or jax.device_count() > 1:
         return False
