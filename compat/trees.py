@@ -73,7 +73,7 @@ def to_flax(
         _check_haiku(collection, tree)
     if netket is None:
         netket = root is None and _is_mlp(trees)
-    names = _names(root, netket)
+    names = _names_of(root, netket)
     variables = {name: unflatten(names, name, tree) for name, tree in trees.items()}
     for collection, tree in trees.items():
         back = flatten(names, collection, variables[collection])
@@ -121,7 +121,7 @@ def to_haiku(
         )
     if netket is None:
         netket = _has_netket_names(variables.get("params", {}), root)
-    names = _names(root, netket)
+    names = _names_of(root, netket)
     params, state = (_flat(names, name, variables.get(name, {})) for name in ("params", "state"))
     return params, state
 
@@ -138,7 +138,7 @@ def _flat(names: Names, collection: str, tree: Tree) -> HaikuTree:
     return flat
 
 
-def _names(root: str | None, netket: bool) -> Names:
+def _names_of(root: str | None, netket: bool) -> Names:
     return Names(root=root or "mlp", netket=True) if netket else Names(root=root)
 
 

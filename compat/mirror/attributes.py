@@ -118,7 +118,7 @@ def find_layout(face: Mirrored, method: Method, arguments: Arguments, reserved: 
     return Layout(
         {name: paths[level] for name, level in levels.items()},
         {path: known.get(level, NameScope) for level, path in paths.items()},
-        {value: add(levels[value[1]], names.key(*value)) for value in values},
+        {value: add(levels[value[1]], names.flax_name(*value)) for value in values},
         trace.draws,
     )
 

@@ -47,7 +47,7 @@ class Names:
             path = tuple("block" if p == "MLP_0" else _DENSE.sub(r"linear_\1", p) for p in path)
         return "/".join(path if self.root is None else (self.root, *path))
 
-    def key(
+    def flax_name(
         self,
         collection: str,
         module_name: str,
@@ -65,8 +65,8 @@ class Names:
         escaped = name in submodules or isinstance(value, Mapping) or name.endswith("~")
         return name + "~" if escaped else name
 
-    def name(self, collection: str, module_name: str, key: str) -> str:
-        """Returns the Haiku name of a Flax value: the inverse of ``key``."""
+    def haiku_name(self, collection: str, module_name: str, key: str) -> str:
+        """Returns the Haiku name of a Flax value: the inverse of ``flax_name``."""
         key = key.removesuffix("~")
         if self.netket and collection == "params" and _LINEAR.search(module_name):
             return {"kernel": "w", "bias": "b"}.get(key, key)
@@ -95,8 +95,10 @@ def unflatten(names: Names, collection: str, tree: Mapping[str, Tree]) -> dict[s
         level = levels[module_name]
         if not values and (level or level is nested):
             level[""] = {}  # a module without values, which nothing else shows
+        submodules_here = submodules[module_name]
         for name, value in values.items():
-            level[names.key(collection, module_name, name, value, submodules[module_name])] = value
+            key = names.flax_name(collection, module_name, name, value, submodules_here)
+            level[key] = value
     return nested
 
 
@@ -116,8 +118,8 @@ def flatten(names: Names, collection: str, tree: Tree) -> HaikuTree:
         submodules = {key for key, value in level.items() if not _is_value(key, value)}
         values = {}
         for key, value in level.items():
-            name = names.name(collection, module_name, key)
-            named = names.key(collection, module_name, name, value, submodules)
+            name = names.haiku_name(collection, module_name, key)
+            named = names.flax_name(collection, module_name, name, value, submodules)
             if key == named and key not in submodules and not _is_gone(key, level):
                 values[name] = value
         if values or "" in level or (path and not level):

@@ -85,8 +85,8 @@ class Values:
             if value is found.get(module_name, {}).get(name, hk.DO_NOT_STORE):
                 continue
             scope = self.scope(module_name)
-            plain, key = (self.names.key(collection, module_name, name, v) for v in (None, value))
-            escaped = plain.removesuffix("~") + "~"
+            of_value = functools.partial(self.names.flax_name, collection, module_name, name)
+            plain, key, escaped = map(of_value, (None, value, {}))
             if plain != escaped and isinstance(scope.get_variable(collection, plain), Mapping):
                 plain = key = escaped  # that is a submodule
             found_keys = [k for k in {plain, escaped} if scope.has_variable(collection, k)]
@@ -128,7 +128,7 @@ class Values:
         if not isinstance(value, meta.AxisMetadata):
             return value
         opened = meta.unbox(value)
-        self._boxes[_names(context)] = value.replace_boxed(None), opened.shape
+        self._boxes[_haiku_names(context)] = value.replace_boxed(None), opened.shape
         return opened
 
     def _missing(self, init: Call, context: hk.GetterContext, *args: Any) -> Any:
@@ -172,10 +172,10 @@ class Values:
         self, collection: str, context: hk.GetterContext, value: Any = None
     ) -> tuple[Scope, str]:
         """Returns scope and Flax name of the value that is asked for now; of a new one, given."""
-        module_name, name = _names(context)
+        module_name, name = _haiku_names(context)
         scope = self.scope(module_name)
-        key = self.names.key(collection, module_name, name, value)
-        escaped = self.names.key(collection, module_name, name, {})
+        of_value = functools.partial(self.names.flax_name, collection, module_name, name)
+        key, escaped = map(of_value, (value, {}))
         if scope.has_variable(collection, escaped) and not scope.has_variable(collection, key):
             key = escaped
         _reserve(scope, key, collection)
@@ -190,7 +190,7 @@ class Values:
         raise errors.ScopeParamShapeError(name, scope.path_text, None, shape)
 
 
-def _names(context: hk.GetterContext) -> tuple[str, str]:
+def _haiku_names(context: hk.GetterContext) -> tuple[str, str]:
     """Returns the names of the module and of the value that is asked for now."""
     module_name = hk.current_name()
     return module_name, context.full_name.removeprefix(f"{module_name}/")  # may have a slash

@@ -1,10 +1,11 @@
 """Ratios of times measured in one run: interleaved repetitions, medians, spread."""
 
+import functools
 import gc
 import statistics
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
@@ -21,12 +22,24 @@ class Ratio(NamedTuple):
 
 
 def seconds(
-    functions: dict[str, Callable[[], object]], *, budget: float = 4.0, least: int = 7
+    functions: dict[str, Callable[[], object]],
+    *,
+    budget: float = 4.0,
+    least: int = 7,
+    depths: Sequence[int] = (0,),
 ) -> dict[str, list[float]]:
     """Returns the times of each function, called in turns until the budget (s) is spent.
 
     What takes less than 2 ms is called that long in each turn.  The first call of a turn does not
     count: it finds the caches, and the memory, as the function before it left them.
+
+    Args:
+      functions: The functions, by name.
+      budget: Time for all of them, in seconds.
+      least: Number of turns at least.
+      depths: Frames on the stack below the calls, another number each turn.  Python gets and frees
+        its stack in pieces, so that a call which crosses a border costs more: what takes a
+        moment at one depth may take twice as long at another.
     """
     for function in functions.values():
         jax.block_until_ready(function())
@@ -35,12 +48,17 @@ def seconds(
     start = time.perf_counter()
     while time.perf_counter() - start < budget or min(map(len, times.values())) < least:
         gc.collect()
-        turn = len(next(iter(times.values()))) % len(functions)
+        turn = len(next(iter(times.values())))
+        depth, order = depths[turn % len(depths)], turn % len(functions)
         # In another order each turn: the first call after the collection is slow.
-        for name, function in [*functions.items(), *functions.items()][turn:][: len(functions)]:
-            jax.block_until_ready(function())
-            times[name].append(_time(function, calls[name]))
+        for name, function in [*functions.items(), *functions.items()][order:][: len(functions)]:
+            jax.block_until_ready(_at_depth(depth, function))
+            times[name].append(_at_depth(depth, functools.partial(_time, function, calls[name])))
     return times
+
+
+def _at_depth(depth: int, function: Callable[[], Any]) -> Any:
+    return function() if depth == 0 else _at_depth(depth - 1, function)
 
 
 def _time(function: Callable[[], object], calls: int) -> float:
@@ -59,7 +77,7 @@ def ratio(times: list[float], reference: list[float]) -> Ratio:
 
 
 def ratios(
-    functions: dict[str, Callable[[], object]], reference: str, **options: float
+    functions: dict[str, Callable[[], object]], reference: str, **options: Any
 ) -> dict[str, Ratio]:
     """Returns each function's time in units of the reference's."""
     times = seconds(functions, **options)
