@@ -11,7 +11,7 @@ they are the same up to rounding, in less time.
 from . import local_energies as _local_energies  # noqa: F401  (registers with NetKet's dispatch)
 from .kinetic_energy import KineticEnergy
 from .min_sr import MinSR
-from .plan import Plan, plan
+from .paths import Plan, plan
 from .sampler import structured
 from .step import natural_gradient
 
