@@ -69,19 +69,22 @@ def min_sr(
     kernel, residuals, damping = map(jnp.asarray, (kernel, residuals, damping))
     _check_shapes(kernel, residuals, damping)
     dtype = _solver_dtype(kernel, residuals)
+    # That of the kernel as it was computed, of which no cast makes a better one.
+    is_inexact = jnp.issubdtype(kernel.dtype, jnp.inexact)
+    eps = float(jnp.finfo(kernel.dtype if is_inexact else dtype).eps)
     kernel, residuals = (_replicated(a.astype(dtype)) for a in (kernel, residuals))
     damping = damping.astype(kernel.real.dtype)
     is_concrete = not any(isinstance(a, jax.core.Tracer) for a in (kernel, residuals, damping))
     if is_concrete:
-        _check_values(kernel, residuals, damping)
+        _check_values(kernel, residuals, damping, tolerance=eps**0.5)
     num_samples = residuals.shape[0]
     # An entry has an error of a few roundings, also where the mean taken off is all of it.
-    rounding = 4 * jnp.finfo(dtype).eps * jnp.linalg.norm(kernel.ravel()) / num_samples
+    rounding = 4 * eps * jnp.linalg.norm(kernel.ravel()) / num_samples
     rhs = _center(residuals) if centered else residuals
     matrix = _as_matrix(centered_kernel(kernel) if centered else kernel) / num_samples
     matrix += damping.astype(dtype) * jnp.eye(matrix.shape[0], dtype=dtype)
     solution, smallest = semidefinite.solve(matrix, rhs.ravel(), rounding, damping)
-    if is_concrete and smallest < -_tolerance(matrix) * jnp.max(jnp.abs(matrix)):
+    if is_concrete and smallest < -(eps**0.5) * jnp.max(jnp.abs(matrix)):
         raise ValueError(f"kernel / B + damping has the negative eigenvalue {smallest}")
     solution = solution.reshape(rhs.shape)
     return (_center(solution) if centered else solution) / num_samples
@@ -236,21 +239,19 @@ def _check_shapes(kernel: jax.Array, residuals: jax.Array, damping: jax.Array) -
         )
 
 
-def _check_values(kernel: jax.Array, residuals: jax.Array, damping: jax.Array) -> None:
+def _check_values(
+    kernel: jax.Array, residuals: jax.Array, damping: jax.Array, *, tolerance: float
+) -> None:
     for name, value in (("kernel", kernel), ("residuals", residuals), ("damping", damping)):
         if not jnp.all(jnp.isfinite(value)):
             raise ValueError(f"{name} has entries that are not finite")
     if not damping >= 0:
         raise ValueError(f"damping must not be negative, got {damping}")
     matrix = _as_matrix(kernel)
-    if jnp.max(jnp.abs(matrix - matrix.conj().T)) > _tolerance(matrix) * jnp.max(jnp.abs(matrix)):
+    if jnp.max(jnp.abs(matrix - matrix.conj().T)) > tolerance * jnp.max(jnp.abs(matrix)):
         raise ValueError(
             "kernel is not Hermitian: give the tangent kernel of one batch with itself"
         )
-
-
-def _tolerance(matrix: jax.Array) -> float:
-    return float(jnp.finfo(matrix.dtype).eps) ** 0.5
 
 
 def _as_matrix(kernel: jax.Array) -> jax.Array:

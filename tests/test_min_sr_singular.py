@@ -51,6 +51,29 @@ def test_no_damping(num_params, centered, size):
     assert errors(64, num_params, 0.0, centered=centered, dtype=np.float64, size=size).max() < 1e-6
 
 
+@pytest.mark.parametrize("of_kernel", [np.float32, np.float16])
+def test_rounding_is_that_of_the_kernel(of_kernel):
+    """Whatever the residuals have: the energies of a network of 32 bits have 64."""
+    rng = np.random.default_rng(0)
+    jacobian, residuals = rng.normal(size=(64, 5)), rng.normal(size=64)
+    kernel = (jacobian @ jacobian.T).astype(of_kernel)
+    expected = exact_step(jacobian, residuals, 0.0)
+    for solve in (SOLVE, haiku_mlp.min_sr):
+        step = jacobian.T @ np.asarray(solve(kernel, residuals, 0.0, centered=False))
+        error = np.linalg.norm(step - expected) / np.linalg.norm(expected)
+        assert error < 20 * np.finfo(of_kernel).eps
+
+
+def test_a_kernel_as_hermitian_as_its_rounding():
+    rng = np.random.default_rng(0)
+    jacobian = rng.normal(size=(64, 5))
+    kernel = (jacobian @ jacobian.T).astype(np.float32)
+    kernel[0, 1] *= 1 + 2e-6
+    haiku_mlp.min_sr(kernel, rng.normal(size=64), 0.1)
+    with pytest.raises(ValueError, match="not Hermitian"):
+        haiku_mlp.min_sr(kernel.astype(float), rng.normal(size=64), 0.1)
+
+
 @pytest.mark.parametrize("damping", [0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4])
 def test_float32(damping):
     """Damping that is smaller than the rounding errors of the kernel, about so large, larger."""
@@ -136,21 +159,26 @@ def test_integers_are_checked():
 
 @pytest.mark.parametrize("dtype", first({complex}, [float, complex]))
 def test_derivatives(dtype):
-    """By the matrix and the right-hand side, where Cholesky failed too."""
+    """By the matrix and the right-hand side, where Cholesky failed too, and the range turns."""
     rng = np.random.default_rng(0)
-    factor = rng.normal(size=(2, 5, 3))
-    factor = factor[0] + 1j * factor[1] if dtype is complex else factor[0]
-    rhs = factor @ rng.normal(size=3)  # in the range: the solution is differentiable
+    factor, change = rng.normal(size=(2, 2, 5, 3))
+    if dtype is complex:
+        factor, change = factor[0] + 1j * factor[1], change[0] + 1j * change[1]
+    else:
+        factor, change = factor[0], change[0]
+    rhs = jnp.asarray(rng.normal(size=5), dtype)
 
-    def solution(scale, shift):
-        matrix = (scale * factor) @ (scale * factor).conj().T + shift * np.eye(5)
-        solved, _ = semidefinite.solve(matrix, jnp.asarray(rhs) * scale, jnp.array(1e-12))
-        return jnp.real(jnp.vdot(solved, solved))
+    @jax.jit
+    def solution(t, shift):
+        root = factor + t * change
+        matrix = root @ root.conj().T + shift * np.eye(5)
+        solved, _ = semidefinite.solve(matrix, (1 + t) * rhs, jnp.array(1e-12))
+        return jnp.real(jnp.vdot(solved, solved)) + jnp.sum(solved.real)
 
     step = 1e-6
-    for at in ((1.0, 0.0), (1.0, 0.3)):
-        difference = (solution(at[0] + step, at[1]) - solution(at[0] - step, at[1])) / (2 * step)
-        np.testing.assert_allclose(jax.grad(solution)(*at), difference, rtol=1e-5)
+    for shift in (0.0, 0.3):
+        difference = (solution(step, shift) - solution(-step, shift)) / (2 * step)
+        np.testing.assert_allclose(jax.grad(solution)(0.0, shift), difference, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("bound", "expected"), [(0.5, 0.5), (0.0, 1.0), (1e-9, 1.0)])
