@@ -33,7 +33,8 @@ def min_sr(
     The system is solved by Cholesky decomposition, unless it has eigenvalues not larger than
     the rounding errors of its kernel: then the solution is that of smallest norm in the
     eigenvectors of larger ones, since in the others a rounding error divided by the damping
-    would be most of the step.
+    would be most of the step.  Derivatives keep those that are left out fixed, which is right
+    where the residuals have no part in them, as with enough damping.
 
     Args:
       kernel: Tangent kernel ``(B, B)``, for ``O`` outputs ``(B, B, O, O)``.  Integers are

@@ -9,7 +9,6 @@ _ITERATIONS = 3
 
 
 # Compiled as one: jax_debug_nans looks at the results alone, not at a decomposition that fails.
-@jax.custom_jvp
 @jax.jit
 def solve(
     matrix: jax.Array, rhs: jax.Array, rounding: jax.Array, bound: jax.Array | float = 0.0
@@ -18,8 +17,8 @@ def solve(
 
     By Cholesky decomposition if all eigenvalues are larger than ``rounding``, else in the
     eigenvectors of those that are.  That decides, not whether the decomposition fails: the
-    pivots of a singular matrix are rounding errors of either sign.  Derivatives are those of a
-    matrix whose rank stays the same.
+    pivots of a singular matrix are rounding errors of either sign.  Derivatives are those of
+    the solution, with the eigenvectors that are left out kept fixed.
 
     Args:
       matrix: Hermitian ``(n, n)``, of float32 at least, with no eigenvalue below zero other
@@ -42,15 +41,15 @@ def solve(
       >>> bool(jnp.allclose(solution, 1.5))
       True
     """
-    bound = jnp.asarray(bound, rounding.dtype)
+    fixed, bound = jax.lax.stop_gradient((matrix, jnp.asarray(bound, rounding.dtype)))
     # LAPACK takes columns: for rows the same matrix is its adjoint, without a transposition.
-    factor = jax.scipy.linalg.cho_factor(matrix.conj().T, lower=True)
+    factor = jax.scipy.linalg.cho_factor(fixed.conj().T, lower=True)
 
     def by_cholesky(b: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jax.scipy.linalg.cho_solve(factor, b), _smallest_eigenvalue(factor)
 
     def by_eigenvectors(b: jax.Array) -> tuple[jax.Array, jax.Array]:
-        values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
+        values, vectors = jnp.linalg.eigh(fixed, symmetrize_input=False)
         inverse = jnp.where(values > rounding, 1 / values, 0).astype(b.dtype)
         entries = inverse * _product(vectors.conj().T, b)
         # In this order no copy of the eigenvectors is made, for which room is taken at each call.
@@ -60,9 +59,7 @@ def solve(
         return jnp.full_like(b, jnp.nan), jnp.full_like(bound, jnp.nan)
 
     def by_its_eigenvalues(b: jax.Array) -> tuple[jax.Array, jax.Array]:
-        is_finite = (
-            jnp.isfinite(rounding) & jnp.all(jnp.isfinite(matrix)) & jnp.all(jnp.isfinite(b))
-        )
+        is_finite = jnp.isfinite(rounding) & jnp.all(jnp.isfinite(fixed)) & jnp.all(jnp.isfinite(b))
         is_regular = _smallest_eigenvalue(factor) > rounding  # False for NaN: Cholesky failed
         route = jnp.where(is_finite, jnp.where(is_regular, 2, 1), 0)
         return jax.lax.switch(route, (not_a_number, by_eigenvectors, by_cholesky), b)
@@ -79,28 +76,6 @@ def solve(
     return jax.lax.custom_linear_solve(
         lambda x: _product(matrix, x), rhs, inverse, transposed, has_aux=True
     )
-
-
-@solve.defjvp
-def _(primals: Any, tangents: Any) -> Any:
-    matrix, rhs, rounding, bound = primals
-    change, change_of_rhs, *_ = tangents
-    solution, smallest = solve(matrix, rhs, rounding, bound)
-
-    def inverse(b: jax.Array) -> jax.Array:
-        return solve(matrix, b, rounding, bound)[0]
-
-    def of_range(change: jax.Array) -> jax.Array:
-        """Returns what the change of the eigenvectors that are left out contributes."""
-        left = rhs - _product(matrix, solution)
-        new = _product(change, inverse(solution))
-        return inverse(inverse(_product(change, left))) + new - _product(matrix, inverse(new))
-
-    tangent = inverse(change_of_rhs - _product(change, solution))
-    tangent += jax.lax.cond(
-        smallest <= rounding, of_range, lambda _: jnp.zeros_like(solution), change
-    )
-    return (solution, smallest), (tangent, jnp.zeros_like(smallest))
 
 
 def _smallest_eigenvalue(factor: tuple[jax.Array, bool]) -> jax.Array:
