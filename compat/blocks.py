@@ -96,10 +96,10 @@ class Perceptron(Mirrored):
 
 def _is_open(activation: Callable[..., Any]) -> bool:
     """Returns whether an activation may make modules or draw keys: all but JAX's own."""
-    module = sys.modules.get(getattr(activation, "__module__", ""))
-    if module is None or not module.__name__.startswith("jax."):
+    module, name = (str(getattr(activation, of, "")) for of in ("__module__", "__name__"))
+    if not module.startswith("jax."):
         return True
-    return getattr(module, getattr(activation, "__name__", ""), None) is not activation
+    return getattr(sys.modules.get(module), name, None) is not activation
 
 
 class Dense(Mirrored, nn.Dense, haiku=haiku_mlp.Linear):

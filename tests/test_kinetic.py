@@ -178,10 +178,17 @@ OTHERS = {
         "apply_fun": lambda variables, x, **_: MODELS["mlp"].apply(variables, x),
         "variables": MODELS["mlp"].init(jax.random.key(0), jnp.ones((1, 4))),
     },
+    "function of a model": lambda: {
+        "model": None,
+        "apply_fun": lambda variables, x, **options: (
+            envelope(x) + MODELS["mlp"].apply(variables, x, **options)
+        ),
+        "variables": MODELS["mlp"].init(jax.random.key(0), jnp.ones((1, 4))),
+    },
 }
 
 
-@pytest.mark.parametrize("name", first({"function"}, OTHERS))
+@pytest.mark.parametrize("name", first({"function", "function of a model"}, OTHERS))
 def test_models_of_other_frameworks(name):
     """To which NetKet gives no method, in part without a word."""
     operators = (of(SPACE, 2.0) for of in (KineticEnergy, nk.operator.KineticEnergy))

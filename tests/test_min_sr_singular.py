@@ -176,6 +176,25 @@ def test_derivatives(dtype):
         np.testing.assert_allclose(jax.grad(solution)(*at), difference, rtol=1e-5)
 
 
+def test_second_derivatives():
+    """In all modes, of a regular system."""
+    rng = np.random.default_rng(0)
+    factor, change = jnp.asarray(rng.normal(size=(2, 5, 3)))
+    residuals = jnp.asarray(rng.normal(size=5))
+
+    def size(solve):
+        def of(t):
+            root = factor + t * change
+            return jnp.sum(solve(root @ root.T, residuals) ** 2)
+
+        return jax.jit(jax.jacfwd(jax.grad(of))), jax.jit(jax.grad(jax.jacfwd(of)))
+
+    ours = size(lambda kernel, r: haiku_mlp.min_sr(kernel, r, 0.3, centered=False))
+    dense = size(lambda kernel, r: jnp.linalg.solve(kernel / 5 + 0.3 * jnp.eye(5), r) / 5)
+    for one, other in zip(ours, dense, strict=True):
+        np.testing.assert_allclose(one(0.3), other(0.3), rtol=1e-10)
+
+
 @pytest.mark.parametrize(("bound", "expected"), [(0.5, 0.5), (0.0, 1.0), (1e-9, 1.0)])
 def test_a_bound_that_is_clear_decides(bound, expected):
     """The smallest eigenvalue is looked for where the bound is among the rounding errors."""

@@ -70,11 +70,12 @@ class KineticEnergy(nk.operator.KineticEnergy):
 
     def by_laplacian(self, logpsi: Callable, params: Any, x: jax.Array) -> jax.Array | None:
         """Returns the local values ``(B,)`` at ``x (B, N)``; None where NetKet's path runs."""
-        reached: list[bool] = []
+        reached: list[Any] = []
 
         def method(model: Any, x: jax.Array) -> jax.Array:
-            reached.append(True)
-            return self._local_values(model, x)
+            reached.append(None)
+            reached[0] = self._local_values(model, x)
+            return reached[0]
 
         if jnp.iscomplexobj(self.mass):
             return None
@@ -86,8 +87,8 @@ class KineticEnergy(nk.operator.KineticEnergy):
             if reached:
                 raise
             return None
-        # Of what NetKet makes of other frameworks' models some take no notice of method.
-        return values if reached else None
+        # Some functions take no notice of method, others do more than to call the model.
+        return values if reached and values is reached[0] else None
 
     def _local_values(self, model: Any, x: jax.Array) -> jax.Array:
         weights = 1 / self.mass
