@@ -21,7 +21,7 @@ import haiku_mlp
 from haiku_mlp import structure
 from haiku_mlp.structure import layers
 
-SAMPLES, SITES = 5, 3
+SAMPLES, SITES = 5, 8  # at which one change is an update of the first layer
 DAMPING = 0.1
 
 
@@ -73,7 +73,7 @@ def network(name):
     fields, x = NETWORKS[name]
 
     def forward_and_methods():
-        mlp = haiku_mlp.MLP(hidden_dims=(4, 3), use_output_bias=True, **fields)
+        mlp = haiku_mlp.MLP(hidden_dims=(9, 3), use_output_bias=True, **fields)
         return mlp, (mlp, mlp.tangent_kernel, mlp.connected, mlp.laplacian)
 
     net = hk.without_apply_rng(hk.multi_transform(forward_and_methods))
@@ -218,7 +218,7 @@ def assert_equal(ours, quantity, name):
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Makes five samples more than one block."""
-    monkeypatch.setattr(layers, "_BLOCK_ENTRIES", 2 * SITES * 4)
+    monkeypatch.setattr(layers, "_BLOCK_ENTRIES", 2 * SITES * 9)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_parameters_made_by_a_method(name, method):
     fields, x = NETWORKS[name]
 
     def call(x):
-        mlp = haiku_mlp.MLP(hidden_dims=(4, 3), use_output_bias=True, **fields)
+        mlp = haiku_mlp.MLP(hidden_dims=(9, 3), use_output_bias=True, **fields)
         return getattr(mlp, method)(x, *(flips(x) if method == "connected" else ()))
 
     params = jax.jit(hk.transform(call).init)(jax.random.key(0), x)
