@@ -30,6 +30,10 @@ class Subclass(compat.MLP):
     """Which may be more than its layers."""
 
 
+class OwnRule(nk.sampler.rules.LocalRule):
+    """Which may propose anything."""
+
+
 def state(model=MODEL, sampler=None, hilbert=SPINS, **options):
     sampler = structured(LOCAL) if sampler is None else sampler
     return nk.vqs.MCState(sampler, model, n_samples=64, seed=1, **options)
@@ -53,6 +57,12 @@ STATES = {
     "one layer": (lambda: state(compat.MLP(hidden_dims=())), ("netket", "layers", "parameters")),
     "several rules": (
         lambda: state(sampler=structured(flips_of_a_block())), ("layers", "layers", "layers")
+    ),
+    "own rule": (
+        lambda: state(
+            sampler=structured(nk.sampler.MetropolisSampler(SPINS, rule=OwnRule(), n_chains=4))
+        ),
+        ("netket", "layers", "layers"),
     ),
     "subclass": (
         lambda: state(Subclass(hidden_dims=(9, 8))), ("netket", "netket", "tangent_kernel")
@@ -90,7 +100,10 @@ def test_plan(name):
     assert tuple(plan(make(), ISING)) == expected
 
 
-@pytest.mark.parametrize("name", ["all", "stock sampler", "several rules", "subclass", "one layer"])
+RUN = ["all", "stock sampler", "several rules", "own rule", "subclass", "one layer"]
+
+
+@pytest.mark.parametrize("name", RUN)
 def test_what_runs_is_what_it_says(name):
     make, (sampling, energies, _) = STATES[name]
     made = make()

@@ -1037,6 +1037,18 @@ def ones_by_initializer():
         return hk.get_parameter("w", (2,), init=lambda *_: hk.DO_NOT_STORE)
 
 
+def test_a_getter_that_makes_another_shape():
+    """Where the parameter is stored as it should be the error is Haiku's."""
+
+    def function(x):
+        with hk.custom_getter(lambda next_getter, value, context: next_getter(value)[:1]):
+            return hk.Linear(2)(x)
+
+    for run in (compat.HaikuFunction(function), hk.transform(function)):
+        with pytest.raises(ValueError, match="with retrieved shape"):
+            run.init(KEY, jnp.ones(3))
+
+
 @pytest.mark.parametrize("function", [ones_by_getter, ones_by_initializer])
 def test_parameters_that_nothing_stores(function):
     model = compat.HaikuFunction(function)

@@ -145,10 +145,11 @@ class Values:
         if value is hk.DO_NOT_STORE:
             scope, name = self._find("params", context)
             value = _get(scope, "params", name)
-        is_stored = value is not hk.DO_NOT_STORE
-        value = next_getter(value)  # which may make the shape of another one that is stored
-        if is_stored and getattr(value, "shape", None) != tuple(context.original_shape):
-            self._raise(context)
+        stored, value = value, next_getter(value)  # which may make the shape of another one
+        if stored is not hk.DO_NOT_STORE:
+            shapes = {getattr(a, "shape", None) for a in (stored, value)}
+            if tuple(context.original_shape) not in shapes:
+                self._raise(context)
         return value
 
     def _create_state(

@@ -94,6 +94,7 @@ class KineticEnergy(nk.operator.KineticEnergy):
         weights = 1 / self.mass
         options = {"weights": jnp.broadcast_to(weights, x.shape[-1:])} if self.mass.ndim else {}
         laplacian = getattr(model, "laplacian", None)
+        # A lift may change what the call computes, and that alone: nn.map_variables.
         if laplacian is None or not is_of_its_call(type(model), "laplacian"):
             raise _NoLaplacianError
         if not _takes(laplacian, x, **options):

@@ -19,7 +19,8 @@ class Plan(NamedTuple):
       sampling: ``"layers"``, the first layer carried along, or ``"netket"``.
       local_energies: ``"layers"``: what changes passes the first layer alone.  ``"laplacian"``:
         the kinetic energy by the model's method.  ``"netket"``.
-      step: That of :func:`natural_gradient` and :class:`MinSR`.  ``"layers"``: the kernel is
+      step: That of :func:`natural_gradient` and :class:`MinSR` without a ``chunk_size``, which
+        makes ``"tangent_kernel"`` of ``"layers"``.  ``"layers"``: the kernel is
         the product of two factors a layer.  ``"tangent_kernel"``: as
         :func:`haiku_mlp.kernel_plan` says.  ``"parameters"``: there are so few that their own
         system is smaller.

@@ -128,35 +128,33 @@ def _step(
     def outputs(params: Any, samples: jax.Array) -> jax.Array:
         return _outputs(log_psi({**model_state, "params": params}, samples), mode)
 
-    def network(params: Any) -> Any:
-        return _network(mlp, params, model_state)
-
+    network = functools.partial(_network, mlp, model_state)
     residuals = _outputs(2 * local_energies, mode)
     options: Any = {"momentum": momentum, "previous": previous}
     if route == "parameters":
         return parameter_step(
             outputs, params, samples, residuals, diag_shift, chunk_size=chunk_size, **options
         )
-    linearized = None
     if route == "layers":
         linearized = Linearized(network(params), samples)
         # natural_gradient centres the kernel; in 32 bits its factors must be centred before.
         kernel = linearized.kernel(centered=is_coarse(linearized.signals[0]))
+
+        def function(params: Any) -> jax.Array:
+            return linearized(network(params))
     else:
+        chunked = nk.jax.apply_chunked(outputs, in_axes=(None, 0), chunk_size=chunk_size)
         kernel = haiku_mlp.tangent_kernel(
             outputs, params, samples, chunk_size=chunk_size, centered=True
         )
 
-    def function(params: Any) -> jax.Array:
-        if linearized is not None:
-            return linearized(network(params))
-        chunked = nk.jax.apply_chunked(outputs, in_axes=(None, 0), chunk_size=chunk_size)
-        return chunked(params, samples)
+        def function(params: Any) -> jax.Array:
+            return chunked(params, samples)
 
     return haiku_mlp.natural_gradient(function, params, kernel, residuals, diag_shift, **options)
 
 
-def _network(mlp: MLP | None, params: Any, model_state: Any) -> Any:
+def _network(mlp: MLP | None, model_state: Any, params: Any) -> Any:
     return None if mlp is None else layers(mlp, {**model_state, "params": params})
 
 
@@ -164,7 +162,7 @@ def step_route(mlp: MLP | None, params: Any, model_state: Any, samples: Any, mod
     """Returns how a step is computed: see :class:`Plan`."""
     if are_few(params, len(samples) * (1 if mode == "real" else 2)):
         return "parameters"
-    is_linearized = _is_linearized(_network(mlp, params, model_state), samples, mode)
+    is_linearized = _is_linearized(_network(mlp, model_state, params), samples, mode)
     return "layers" if is_linearized else "tangent_kernel"
 
 
