@@ -43,7 +43,7 @@ class Proposals(NamedTuple):
       propose: Of constants, configurations, notes and the draws of one step, a :class:`Move`.
       constants: Arrays that all chains share.
       notes: Those of the present configurations.
-      draws: Random numbers, ``(C, sweep, ...)``.
+      draws: Random numbers of all chains of the sampler, ``(C, sweep, ...)``.
       by_chain: Whether each chain's proposal needs its own row of all these alone.
     """
 
@@ -59,21 +59,28 @@ def proposals(sampler: Any, machine: Any, variables: Any, state: Any, keys: jax.
 
     None for a rule of which it is not known that it changes few sites.
     """
-    rule, is_known_space = sampler.rule, type(sampler.hilbert) in _SPACES
-    if type(rule) is rules.LocalRule and is_known_space and sampler.hilbert.local_size > 1:
-        return _flips(sampler.hilbert, state.σ, keys)
-    is_integer = jnp.issubdtype(state.σ.dtype, jnp.integer)
-    if type(rule) in EXCHANGES and rule.probabilities is None and is_integer:
-        return _exchanges(rule.clusters, state.σ, keys)
+    rule = sampler.rule
+    if are_by_chain(rule, sampler.hilbert, state.σ.dtype):
+        if type(rule) is rules.LocalRule:
+            return _flips(sampler.hilbert, sampler.n_chains, keys)
+        return _exchanges(rule.clusters, sampler.n_chains, state.σ, keys)
     max_changes = _max_changes(rule)
     if max_changes is None:
         return None
     return _transitions(sampler, machine, variables, state, keys, max_changes)
 
 
-def _flips(hilbert: Any, σ: jax.Array, keys: jax.Array) -> Proposals:
+def are_by_chain(rule: Any, hilbert: Any, dtype: Any) -> bool:
+    """Returns whether a chain's proposals need its own random numbers alone."""
+    if type(rule) is rules.LocalRule:
+        return type(hilbert) in _SPACES and hilbert.local_size > 1
+    is_integer = jnp.issubdtype(dtype, jnp.integer)
+    return type(rule) in EXCHANGES and rule.probabilities is None and is_integer
+
+
+def _flips(hilbert: Any, num_chains: int, keys: jax.Array) -> Proposals:
     """``LocalRule``: another value at one site."""
-    num_chains, num_sites = σ.shape
+    num_sites = hilbert.size
     site_keys, value_keys = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 2))(keys), 1, 0)
     sites = jax.vmap(lambda key: jax.random.randint(key, (num_chains,), 0, num_sites), out_axes=1)
     draws = [sites(site_keys)]
@@ -97,13 +104,13 @@ def _flips(hilbert: Any, σ: jax.Array, keys: jax.Array) -> Proposals:
     return Proposals(propose, (), (), draws, by_chain=True)
 
 
-def _exchanges(clusters: jax.Array, σ: jax.Array, keys: jax.Array) -> Proposals:
+def _exchanges(clusters: jax.Array, num_chains: int, σ: jax.Array, keys: jax.Array) -> Proposals:
     """``ExchangeRule``: two sites of a cluster, of those that differ, exchange their values.
 
     NetKet gathers both ends of all clusters, before and after, at each step.  Here they are
     carried along, and what a step changes in them is found by comparing sites.
     """
-    num_clusters, (num_chains, num_sites) = len(clusters), σ.shape
+    num_clusters, num_sites = len(clusters), σ.shape[-1]
     index = jnp.int16 if num_sites < 2**15 else jnp.int32
     sites = jnp.where(clusters < 0, clusters + num_sites, clusters)[:, :2]  # as an index, -1 too
     ends = tuple(sites.astype(index).T)

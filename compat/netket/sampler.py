@@ -1,5 +1,6 @@
 """NetKet's Metropolis sampler with the first layer of the MLP carried along."""
 
+import functools
 from typing import Any
 
 import jax
@@ -12,12 +13,16 @@ from netket.utils import struct
 from haiku_mlp.structure import Layer, changes, forward
 
 from .layers import bits, is_cpu, layers
-from .proposals import EXCHANGES, Move, Proposals, proposals
+from .proposals import EXCHANGES, Move, Proposals, are_by_chain, proposals
+from .threads import num_cores, side_by_side
 
 # How many times the error at the start of a sweep is in doubt.
 _MARGIN = 16
 # From so many multiplications of a proposal on, the first layer takes an accelerator time.
 _ACCELERATED = 2**25
+# A part of the chains is worth a thread from so many chains on, and all of them are worth more
+# than one from so many multiplications on.
+_CHAINS, _WORTH_THREADS = 8, 2**27
 
 
 def structured(sampler: Any, *, screened: bool = False) -> Any:
@@ -34,6 +39,9 @@ def structured(sampler: Any, *, screened: bool = False) -> Any:
     the first layer's share of the network.  NetKet's own path runs, with the same result,
     for other rules and models, for activations that own parameters, 16-bit models, a
     sampler with a ``chunk_size``, and on accelerators, but for exchanges and large first layers.
+
+    On a CPU of several cores parts of the chains are swept at the same time, each in a thread:
+    the products of few chains are too small for XLA to share them out.
 
     Decisions in 32 bits differ where rounding decides.  A model of 32 bits is therefore
     decided again by the full network wherever the logarithm of the acceptance is closer to
@@ -96,14 +104,41 @@ class StructuredMetropolis(nk.sampler.MetropolisSampler):
         super().__init__(*args, **kwargs)
         self.screened = bool(screened)
 
+    def _sample_chain(
+        self,
+        machine: Any,
+        parameters: Any,
+        state: Any,
+        chain_length: int,
+        return_log_probabilities: bool = False,
+    ) -> Any:
+        number = self._num_parts(machine, parameters, state, chain_length)
+        if number == 1:
+            options = {"return_log_probabilities": return_log_probabilities}
+            return super()._sample_chain(machine, parameters, state, chain_length, **options)
+
+        def part(i: int) -> Any:
+            arguments = self, machine, parameters, state, i
+            return _sample_part(*arguments, number=number, chain_length=chain_length)
+
+        samples, state = _joined(side_by_side(part, number))
+        return samples if return_log_probabilities else samples[0], state
+
     # NetKet asks subclasses to override this and not sample_next.
     def _sample_next(self, machine: Any, parameters: Any, state: Any) -> Any:
         found = self.structure(machine, parameters, state)
         if found is None:
             return super()._sample_next(machine, parameters, state)
+        return self._swept(found, state)
+
+    def _swept(self, found: Any, state: Any, first: jax.Array | None = None) -> Any:
+        """Returns what NetKet's ``_sample_next`` does, of all chains or of those from ``first``."""
         network, moves, rng, uniform_keys = found
-        num_chains = len(state.σ)
-        draw = jax.vmap(lambda key: jax.random.uniform(key, (num_chains,)), out_axes=1)
+        draw = jax.vmap(lambda key: jax.random.uniform(key, (self.n_chains,)), out_axes=1)
+        draws = moves.draws, draw(uniform_keys)
+        if first is not None:
+            take = functools.partial(lax.dynamic_slice_in_dim, slice_size=len(state.σ))
+            draws = jax.tree.map(lambda a: take(a, first), draws)
         # Chains never meet: each device sweeps its own without a word to the others.
         # A condition makes an accelerator wait for its host.
         is_screened = (self.screened and is_cpu()) or bits(network, state.σ) == 32
@@ -118,15 +153,14 @@ class StructuredMetropolis(nk.sampler.MetropolisSampler):
             state.log_prob,
             state.n_accepted_proc,
             moves.notes,
-            moves.draws,
-            draw(uniform_keys),
+            *draws,
         )
         state = state.replace(
             σ=σ,
             log_prob=log_prob,
             rng=rng,
             n_accepted_proc=num_accepted,
-            n_steps_proc=state.n_steps_proc + self.sweep_size * num_chains,
+            n_steps_proc=state.n_steps_proc + self.sweep_size * self.n_chains,
         )
         return state, (σ, log_prob)
 
@@ -150,6 +184,63 @@ class StructuredMetropolis(nk.sampler.MetropolisSampler):
             return False
         is_large = len(σ) * network[0].w.size >= _ACCELERATED
         return is_cpu() or is_large or type(self.rule) in EXCHANGES
+
+    def _num_parts(self, machine: Any, parameters: Any, state: Any, chain_length: int) -> int:
+        """Returns the number of parts of the chains that are worth a thread each."""
+        num_chains = len(state.σ)
+        work = chain_length * self.sweep_size * num_chains * nk.jax.tree_size(parameters)
+        if work < _WORTH_THREADS or not is_cpu() or jax.device_count() > 1:
+            return 1
+        if any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves((self, parameters, state))):
+            return 1
+        network = layers(machine, parameters)
+        if network is None or not self._gains(network, state.σ):
+            return 1
+        if not are_by_chain(self.rule, self.hilbert, state.σ.dtype):
+            return 1
+        most = min(num_cores(), num_chains // _CHAINS)
+        return max((n for n in range(1, most + 1) if num_chains % n == 0), default=1)
+
+
+@functools.partial(jax.jit, static_argnames=("machine", "number", "chain_length"))
+def _sample_part(
+    sampler: StructuredMetropolis,
+    machine: Any,
+    parameters: Any,
+    state: Any,
+    part: jax.Array,
+    *,
+    number: int,
+    chain_length: int,
+) -> tuple[Any, Any]:
+    """Returns what NetKet's ``_sample_chain`` does, of a part of the chains."""
+    size = len(state.σ) // number
+    first = part * size
+
+    def sweep(state: Any, _: None) -> Any:
+        found = sampler.structure(machine, parameters, state)
+        return sampler._swept(found, state, first)
+
+    mine = [lax.dynamic_slice_in_dim(a, first, size) for a in _of_chains(state)]
+    state, samples = lax.scan(sweep, _with(state, *mine), None, length=chain_length)
+    return jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), samples), state
+
+
+@jax.jit
+def _joined(parts: list[tuple[Any, Any]]) -> tuple[Any, Any]:
+    """Returns what :func:`_sample_part` would for all chains."""
+    samples, states = zip(*parts, strict=True)
+    together = functools.partial(jax.tree.map, lambda *a: jnp.concatenate(a))
+    return together(*samples), _with(states[0], *together(*map(_of_chains, states)))
+
+
+def _of_chains(state: Any) -> tuple[jax.Array, ...]:
+    """Returns what a state of NetKet has for each chain."""
+    return state.σ, state.log_prob, state.n_accepted_proc
+
+
+def _with(state: Any, σ: jax.Array, log_prob: jax.Array, num_accepted: jax.Array) -> Any:
+    return state.replace(σ=σ, log_prob=log_prob, n_accepted_proc=num_accepted)
 
 
 def _keys(rng: jax.Array, sweep_size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
