@@ -1,6 +1,7 @@
 """The structured sampler against NetKet's own: the same chain, sample for sample."""
 
 import pickle
+import threading
 
 import cases
 import flax
@@ -12,7 +13,9 @@ import pytest
 from flax import linen as nn
 
 import compat
+from compat.netket import sampler as sampler_module
 from compat.netket import structured
+from compat.netket.threads import side_by_side
 
 rules = nk.sampler.rules
 CHAIN, HALF_CHAIN = nk.graph.Chain(6), nk.graph.Chain(3)
@@ -301,3 +304,149 @@ class TestState:
         np.testing.assert_allclose(
             ours.expect(hamiltonian).mean, stock.expect(hamiltonian).mean, rtol=1e-12
         )
+
+
+class TestPartsOfTheChains:
+    """Swept side by side, each in a thread."""
+
+    @pytest.fixture(autouse=True)
+    def netkets_operators_promote_ranks(self):
+        """In place of the module's: a context holds for one thread."""
+
+    @pytest.fixture
+    def parts(self, monkeypatch):
+        """Makes small work worth three threads, and tells how many there were for each call."""
+        numbers = []
+
+        def recorded(call, number):
+            found = side_by_side(lambda i: (call(i), threading.get_ident()), number)
+            results, threads = zip(*found, strict=True)
+            numbers.append((number, len(set(threads))))
+            return list(results)
+
+        monkeypatch.setattr(sampler_module, "_WORTH_THREADS", 0)
+        monkeypatch.setattr(sampler_module, "_CHAINS", 2)
+        monkeypatch.setattr(sampler_module, "num_cores", lambda: 3)
+        monkeypatch.setattr(sampler_module, "side_by_side", recorded)
+        return numbers
+
+    @pytest.mark.parametrize(
+        ("name", "screened"),
+        cases.first(
+            {("local", False), ("exchange", True)},
+            [(name, s) for name in ("local", "fock", "exchange", "fermions") for s in (0, 1)],
+        ),
+    )
+    def test_the_same_chain(self, parts, name, screened):
+        sampler = nk.sampler.MetropolisSampler(*RULES[name], n_chains=6)
+        assert_same_chain(sampler, compat.MLP(**MODELS["real"]), screened=screened)
+        assert [number for number, _ in parts] == [3]
+        assert parts[0][1] > 1
+
+    @pytest.mark.parametrize(
+        ("rule", "options", "model"),
+        [
+            ("hamiltonian", {}, {}),
+            ("weighted_exchange", {}, {}),
+            ("local", {"n_chains": 7}, {}),
+            ("local", {"n_chains": 3}, {}),
+            ("local", {}, {"hidden_dims": None}),
+            ("local", {}, {"hidden_activations": nn.PReLU()}),
+            ("exchange", {"dtype": float}, {}),
+        ],
+        ids=str,
+    )
+    def test_one_part(self, parts, rule, options, model):
+        sampler = nk.sampler.MetropolisSampler(*RULES[rule], **{"n_chains": 6, **options})
+        with jax.numpy_rank_promotion("allow"):
+            assert_same_chain(sampler, compat.MLP(**{"hidden_dims": (5,), **model}))
+        assert not parts
+
+    @pytest.mark.parametrize("change", ["chunks", "little_work", "accelerator", "devices"])
+    def test_one_part_of(self, parts, monkeypatch, change):
+        sampler, model = nk.sampler.MetropolisLocal(SPINS, n_chains=6), compat.MLP(hidden_dims=(5,))
+        if change == "chunks":
+            sampler = sampler.replace(chunk_size=2)
+        elif change == "little_work":
+            monkeypatch.setattr(sampler_module, "_WORTH_THREADS", 5 * 6 * 6 * 40 + 1)
+        elif change == "accelerator":
+            monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        else:
+            monkeypatch.setattr(jax, "device_count", lambda: 2)
+        variables = model.init(jax.random.key(0), jnp.ones((1, 6)))
+        state = sampler.init_state(model, variables, seed=1)
+        assert structured(sampler)._num_parts(model, variables, state, chain_length=5) == 1
+
+    @pytest.mark.parametrize(
+        ("num_chains", "num_cores", "number"), [(64, 16, 8), (64, 2, 2), (24, 16, 3), (60, 7, 6)]
+    )
+    def test_number(self, monkeypatch, num_chains, num_cores, number):
+        model = compat.MLP(hidden_dims=(5,))
+        sampler = structured(nk.sampler.MetropolisLocal(SPINS, n_chains=num_chains))
+        variables = model.init(jax.random.key(0), jnp.ones((1, 6)))
+        state = sampler.init_state(model, variables, seed=1)
+        monkeypatch.setattr(sampler_module, "num_cores", lambda: num_cores)
+        # 5 steps of 6 proposals for each chain, 40 parameters
+        monkeypatch.setattr(sampler_module, "_WORTH_THREADS", 5 * 6 * num_chains * 40)
+        assert sampler._num_parts(model, variables, state, chain_length=5) == number
+
+    def test_traced(self, parts):
+        """By the user, on chains of his own and on those of a constant state."""
+        model = compat.MLP(hidden_dims=(5,))
+        sampler = structured(nk.sampler.MetropolisLocal(SPINS, n_chains=6))
+        variables = model.init(jax.random.key(0), jnp.ones((1, 6)))
+        state = sampler.reset(model, variables, sampler.init_state(model, variables, seed=1))
+
+        def sampled(state):
+            return sampler.sample(model, variables, state=state, chain_length=5)
+
+        expected, _ = sampled(state)
+        np.testing.assert_array_equal(jax.jit(sampled)(state)[0], expected)
+        np.testing.assert_array_equal(jax.jit(lambda: sampled(state)[0])(), expected)
+        assert parts[0][1] > 1
+        assert parts[1:] == [(3, 1)]
+
+
+class TestSideBySide:
+    @pytest.fixture(autouse=True)
+    def netkets_operators_promote_ranks(self):
+        """In place of the module's: a context holds for one thread."""
+
+    @staticmethod
+    def called(number=4):
+        """Returns the results, the number of programs and the threads of the calls."""
+        traced, threads = [], []
+
+        @jax.jit
+        def square(i):
+            traced.append(i)
+            return i**2
+
+        def call(i):
+            threads.append(threading.get_ident())
+            return square(i)
+
+        return [int(a) for a in side_by_side(call, number)], len(traced), threads
+
+    def test_one_program(self):
+        results, num_programs, threads = self.called()
+        assert (results, num_programs) == ([0, 1, 4, 9], 1)
+        assert threads[0] == threading.get_ident()
+        assert threading.get_ident() not in threads[1:]
+
+    def test_settings_of_one_thread(self):
+        """Calls in another thread, where these do not hold, would be of another program."""
+        with jax.default_matmul_precision("float32"):
+            results, num_programs, threads = self.called()
+        assert (results, num_programs) == ([0, 1, 4, 9], 1)
+        assert threads.count(threading.get_ident()) == 4
+
+    def test_one(self):
+        assert self.called(1)[:2] == ([0], 1)
+
+    def test_errors_are_raised(self):
+        def call(i):
+            return 1 // (2 - i)
+
+        with pytest.raises(ZeroDivisionError):
+            side_by_side(call, 3)

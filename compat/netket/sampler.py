@@ -10,14 +10,13 @@ from jax import lax
 from netket.jax.sharding import sharding_decorator
 from netket.utils import struct
 
-from haiku_mlp.structure import Layer, changes, forward
+from haiku_mlp.structure import Layer
 
 from .layers import bits, is_cpu, layers
-from .proposals import EXCHANGES, Move, Proposals, are_by_chain, proposals
+from .proposals import EXCHANGES, Proposals, are_by_chain, proposals
+from .sweep import keys_of_sweep, sweep_of
 from .threads import num_cores, side_by_side
 
-# How many times the error at the start of a sweep is in doubt.
-_MARGIN = 16
 # From so many multiplications of a proposal on, the first layer takes an accelerator time.
 _ACCELERATED = 2**25
 # A part of the chains is worth a thread from so many chains on, and all of them are worth more
@@ -142,7 +141,7 @@ class StructuredMetropolis(nk.sampler.MetropolisSampler):
         # Chains never meet: each device sweeps its own without a word to the others.
         # A condition makes an accelerator wait for its host.
         is_screened = (self.screened and is_cpu()) or bits(network, state.σ) == 32
-        run = _sweep(network, moves, screened=is_screened)
+        run = sweep_of(network, moves, screened=is_screened)
         if moves.by_chain:
             run = sharding_decorator(run, (False,) * 3 + (True,) * 6, (False,) * 3)
         σ, log_prob, num_accepted = run(
@@ -174,7 +173,7 @@ class StructuredMetropolis(nk.sampler.MetropolisSampler):
         network = layers(machine, parameters)
         if network is None or not self._gains(network, state.σ):
             return None
-        rng, move_keys, uniform_keys = _keys(state.rng, self.sweep_size)
+        rng, move_keys, uniform_keys = keys_of_sweep(state.rng, self.sweep_size)
         moves = proposals(self, machine, parameters, state, move_keys)
         return None if moves is None else (network, moves, rng, uniform_keys)
 
@@ -241,104 +240,3 @@ def _of_chains(state: Any) -> tuple[jax.Array, ...]:
 
 def _with(state: Any, σ: jax.Array, log_prob: jax.Array, num_accepted: jax.Array) -> Any:
     return state.replace(σ=σ, log_prob=log_prob, n_accepted_proc=num_accepted)
-
-
-def _keys(rng: jax.Array, sweep_size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns what NetKet's loop draws its numbers with: the last state, two keys a step."""
-
-    def split(rng: jax.Array, _: None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        rng, move_key, uniform_key = jax.random.split(rng, 3)
-        return rng, (move_key, uniform_key)
-
-    rng, (move_keys, uniform_keys) = lax.scan(split, rng, None, length=sweep_size)
-    return rng, move_keys, uniform_keys
-
-
-def _sweep(network: tuple[Layer, ...], moves: Proposals, *, screened: bool) -> Any:
-    """Returns the sweep as a function of arrays alone, which a device has its part of."""
-
-    def sweep(
-        weights: Any,
-        constants: Any,
-        machine_pow: jax.Array,
-        σ: jax.Array,
-        log_prob: jax.Array,
-        num_accepted: jax.Array,
-        notes: Any,
-        draws: Any,
-        uniforms: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        full = tuple(
-            layer._replace(w=w, b=b) for layer, (w, b) in zip(network, weights, strict=True)
-        )
-        first, *rest = map(_single, full) if screened else full
-
-        def affine(σ: jax.Array) -> jax.Array:
-            return first.affine(σ.astype(first.w.real.dtype) if screened else σ)
-
-        def follow(z: jax.Array) -> jax.Array:
-            return machine_pow * forward(tuple(rest), first.activate(z))[:, 0].real
-
-        def evaluate(σ: jax.Array) -> jax.Array:
-            return machine_pow * forward(full, σ)[:, 0].real
-
-        def accepts(
-            move: Move, σ: jax.Array, difference: jax.Array, uniform: jax.Array
-        ) -> jax.Array:
-            def below(difference: jax.Array) -> jax.Array:
-                correction = 0 if move.correction is None else move.correction
-                return uniform < jnp.exp(difference + correction)
-
-            if not screened:
-                return below(difference)
-            logarithm = jnp.log(uniform) - (0 if move.correction is None else move.correction)
-            return lax.cond(
-                jnp.all(jnp.abs(difference - logarithm) > margin),
-                lambda: below(difference),
-                lambda: below(evaluate(move.proposed) - evaluate(σ)),
-            )
-
-        def step(carry: Any, numbers: Any) -> tuple[Any, None]:
-            σ, notes, z, log_prob, num_accepted = carry
-            draw, uniform = numbers
-            move = moves.propose(constants, σ, notes, draw)
-            moved = changes.shift(first, z, move.sites, move.changes)
-            if move.is_complete is not None:
-                moved = lax.cond(move.is_complete, lambda: moved, lambda: affine(move.proposed))
-            proposed = follow(moved)
-            accept = accepts(move, σ, proposed - log_prob, uniform)
-
-            def choose(new: jax.Array, old: jax.Array) -> jax.Array:
-                return jnp.where(jnp.expand_dims(accept, range(1, new.ndim)), new, old)
-
-            new = (move.proposed, move.notes, moved, proposed)
-            old = (σ, notes, z, log_prob)
-            return (*jax.tree.map(choose, new, old), num_accepted + accept), None
-
-        z = affine(σ)
-        start = log_prob
-        if screened:
-            start = follow(z)
-            margin = _MARGIN * _error(tuple(rest), first.activate(z), start, log_prob, machine_pow)
-        by_step = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), draws) if moves.by_chain else draws
-        carry = (σ, notes, z, start, num_accepted)
-        (σ, _, _, log_prob, num_accepted), _ = lax.scan(step, carry, (by_step, uniforms.T))
-        return σ, evaluate(σ) if screened else log_prob, num_accepted
-
-    return sweep
-
-
-def _single(layer: Layer) -> Layer:
-    """Returns the layer in 32 bits."""
-    dtype = jnp.complex64 if jnp.iscomplexobj(layer.w) else jnp.float32
-    b = None if layer.b is None else layer.b.astype(dtype)
-    return layer._replace(w=layer.w.astype(dtype), b=b)
-
-
-def _error(
-    rest: tuple[Layer, ...], h: jax.Array, single: jax.Array, full: jax.Array, power: jax.Array
-) -> jax.Array:
-    """Returns how far a log-probability in 32 bits is off: measured, and at least a rounding."""
-    terms = jnp.abs(forward(rest[:-1], h)) @ jnp.abs(rest[-1].w)
-    rounding = jnp.finfo(jnp.float32).eps * jnp.max(power * terms)
-    return jnp.max(jnp.abs(single - full)) + rounding
