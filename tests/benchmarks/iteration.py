@@ -9,7 +9,11 @@ import contextlib
 import functools
 import io
 import itertools
+import os
+import pathlib
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -138,6 +142,33 @@ def iteration_rows(budget: float) -> Iterator[tuple[str, ...]]:
     for name, series in times.items():
         what = "iteration, Ising 4, hidden 64, 64 samples: arithmetic of no account"
         yield what, name, milliseconds(series)
+
+
+def lapack_rows(rounds: int = 3) -> Iterator[tuple[str, ...]]:
+    """Yields how an iteration slows down if OpenBLAS, which decomposes, has threads of its own."""
+    names, case = ("ours", "dense kernel"), Case("Ising", 64, (64,))
+    code = f"from iteration import *; print_times({names}, Case{tuple(case)})"
+    times: dict[str, list[list[float]]] = {"1": [], str(os.cpu_count()): []}
+    for (threads, series), _ in itertools.product(times.items(), range(rounds)):
+        environment = {"JAX_ENABLE_X64": "1", "OPENBLAS_NUM_THREADS": threads}
+        output = subprocess.check_output(
+            [sys.executable, "-c", code],
+            env={**os.environ, **environment},
+            cwd=pathlib.Path(__file__).parent,
+            text=True,
+        )
+        series.append([float(value) for value in output.split()])
+    what = f"iteration, {case}, {os.cpu_count()} threads of OpenBLAS"
+    for i, who in enumerate(names):
+        one, all_cores = ([found[i] for found in series] for series in times.values())
+        yield what, who, str(ratio(all_cores, one))
+
+
+def print_times(names: tuple[str, ...], case: Case) -> None:
+    """Prints the median times (s) of iterations."""
+    calls = iterations(case)
+    times = seconds({name: calls[name] for name in names}, least=15)
+    print(*(statistics.median(times[name]) for name in names))
 
 
 def growth_rows(budget: float) -> Iterator[tuple[str, ...]]:

@@ -14,6 +14,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+# Else threads of its decompositions wait for more on cores that XLA needs (group "lapack").
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import jax
 
 jax.config.update("jax_enable_x64", True)
@@ -51,6 +54,10 @@ GROUPS: dict[str, tuple[str, Callable[[], Iterator[tuple[str, ...]]]]] = {
         "A whole iteration, sampling and step: VMC_SR in units of ours",
         lambda: iteration.iteration_rows(BUDGET),
     ),
+    "lapack": (
+        "An iteration with OpenBLAS on all cores, in units of one with it on one",
+        iteration.lapack_rows,
+    ),
     "growth": ("How the time of an iteration grows", lambda: iteration.growth_rows(BUDGET)),
     "energies": (
         "Local energies: NetKet's kernels in units of ours",
@@ -74,7 +81,8 @@ def header() -> str:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     cores, device = len(os.sched_getaffinity(0)), jax.devices()[0].device_kind
     machine = f"{platform.machine()}, {cores} cores, {device}, Python {platform.python_version()}"
-    return f"{machine}\n{versions}\nfloat64; each group in one run, not all in the same"
+    settings = f"float64, OPENBLAS_NUM_THREADS={os.environ['OPENBLAS_NUM_THREADS']}"
+    return f"{machine}\n{versions}\n{settings}; each group in one run, not all in the same"
 
 
 def written() -> dict[str, str]:
