@@ -19,9 +19,9 @@ from .threads import num_cores, side_by_side
 
 # From so many multiplications of a proposal on, the first layer takes an accelerator time.
 _ACCELERATED = 2**25
-# A part of the chains is worth a thread from so many chains on, and all of them are worth more
-# than one from so many multiplications on.
-_CHAINS, _WORTH_THREADS = 8, 2**27
+# Parts of the chains, each in a thread: on 16 cores more parts gained nothing.  A part has so
+# many chains, all of them make so many multiplications, or it is not worth a thread.
+_PARTS, _CHAINS, _WORTH_THREADS = 2, 8, 2**27
 
 
 def structured(sampler: Any, *, screened: bool = False) -> Any:
@@ -39,8 +39,8 @@ def structured(sampler: Any, *, screened: bool = False) -> Any:
     for other rules and models, for activations that own parameters, 16-bit models, a
     sampler with a ``chunk_size``, and on accelerators, but for exchanges and large first layers.
 
-    On a CPU of several cores parts of the chains are swept at the same time, each in a thread:
-    the products of few chains are too small for XLA to share them out.
+    On a CPU of several cores two halves of the chains are swept at the same time, each in a
+    thread: the products of few chains are too small for XLA to share them out.
 
     Decisions in 32 bits differ where rounding decides.  A model of 32 bits is therefore
     decided again by the full network wherever the logarithm of the acceptance is closer to
@@ -197,8 +197,8 @@ class StructuredMetropolis(nk.sampler.MetropolisSampler):
             return 1
         if not are_by_chain(self.rule, self.hilbert, state.σ.dtype):
             return 1
-        most = min(num_cores(), num_chains // _CHAINS)
-        return max((n for n in range(1, most + 1) if num_chains % n == 0), default=1)
+        are_parts = num_chains % _PARTS == 0 and num_chains >= _PARTS * _CHAINS
+        return _PARTS if are_parts and num_cores() >= _PARTS else 1
 
 
 @functools.partial(jax.jit, static_argnames=("machine", "number", "chain_length"))
