@@ -95,9 +95,9 @@ class Perceptron(Mirrored):
 
 
 def _is_open(activation: Callable[..., Any]) -> bool:
-    """Returns whether an activation may make modules or draw keys: all but JAX's own."""
+    """Returns whether an activation may make modules or draw keys: all but JAX's and NetKet's."""
     module, name = (str(getattr(activation, of, "")) for of in ("__module__", "__name__"))
-    if not module.startswith("jax."):
+    if not module.startswith(("jax.", "netket.nn.activation")):
         return True
     return getattr(sys.modules.get(module), name, None) is not activation
 

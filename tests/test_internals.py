@@ -10,6 +10,7 @@ from unittest import mock
 
 import haiku as hk
 import jax
+import netket as nk
 import pytest
 from flax import linen as nn
 
@@ -139,7 +140,7 @@ def test_calls_at_which_flax_does_not_look_are_those_of_haiku(face):
 
 
 def test_calls_go_through_flax_where_an_activation_may_make_modules():
-    """Flax names these beside the layers.  JAX's own activations make none."""
+    """Flax names these beside the layers.  JAX's and NetKet's activations make none."""
 
     def depth(activation):
         fields = {"hidden_dims": 2, "hidden_activations": activation}
@@ -149,8 +150,10 @@ def test_calls_go_through_flax_where_an_activation_may_make_modules():
         lambda z: jax.nn.tanh(z),
         jax.tree_util.Partial(lambda z: jax.nn.tanh(z)),
         functools.wraps(jax.nn.tanh)(lambda z: jax.nn.tanh(z)),
+        functools.wraps(nk.nn.activation.log_cosh)(lambda z: jax.nn.tanh(z)),
     )
     known = depth(jax.nn.tanh)
+    assert depth(nk.nn.activation.log_cosh) == known
     assert all(known + 5 < depth(activation) for activation in unknown)
 
 
