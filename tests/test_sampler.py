@@ -1,6 +1,10 @@
 """The structured sampler against NetKet's own: the same chain, sample for sample."""
 
+import concurrent.futures
 import pickle
+import subprocess
+import sys
+import textwrap
 import threading
 
 import cases
@@ -315,16 +319,15 @@ class TestPartsOfTheChains:
 
     @pytest.fixture
     def parts(self, monkeypatch):
-        """Makes small work worth threads, and tells how many there were for each call."""
+        """Makes small work worth threads, and tells how many there were, 0: in one part."""
         numbers = []
 
         def recorded(call, number):
             found = side_by_side(lambda i: (call(i), threading.get_ident()), number)
-            results, threads = zip(*found, strict=True)
-            numbers.append((number, len(set(threads))))
-            return list(results)
+            numbers.append(len({thread for _, thread in found or []}))
+            return found and [result for result, _ in found]
 
-        monkeypatch.setattr(sampler_module, "_WORTH_THREADS", 0)
+        monkeypatch.setattr(sampler_module, "_ENTRIES", 0)
         monkeypatch.setattr(sampler_module, "_CHAINS", 3)
         monkeypatch.setattr(sampler_module, "num_cores", lambda: 2)
         monkeypatch.setattr(sampler_module, "side_by_side", recorded)
@@ -340,7 +343,7 @@ class TestPartsOfTheChains:
     def test_the_same_chain(self, parts, name, screened):
         sampler = nk.sampler.MetropolisSampler(*RULES[name], n_chains=6)
         assert_same_chain(sampler, compat.MLP(**MODELS["real"]), screened=screened)
-        assert parts == [(2, 2)]
+        assert parts == [2]
 
     @pytest.mark.parametrize(
         ("rule", "options", "model"),
@@ -361,48 +364,93 @@ class TestPartsOfTheChains:
             assert_same_chain(sampler, compat.MLP(**{"hidden_dims": (5,), **model}))
         assert not parts
 
-    @pytest.mark.parametrize("change", ["chunks", "little_work", "accelerator", "devices"])
-    def test_one_part_of(self, parts, monkeypatch, change):
+    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64, jnp.bfloat16])
+    def test_low_precision(self, parts, dtype):
+        """The rounding of half a product may be another, and decides."""
+        model = compat.MLP(hidden_dims=(5,), param_dtype=dtype, hidden_activations=jnp.tanh)
+        assert_same_chain(nk.sampler.MetropolisLocal(SPINS, n_chains=6), model)
+        assert not parts
+
+    @pytest.mark.parametrize("change", [None, "chunks", "accelerator", "devices", "core", "work"])
+    def test_worth_threads(self, parts, monkeypatch, change):
         sampler, model = nk.sampler.MetropolisLocal(SPINS, n_chains=6), compat.MLP(hidden_dims=(5,))
+        # 4 steps of 6 proposals for 6 chains each, 5 hidden units and one output
+        monkeypatch.setattr(sampler_module, "_ENTRIES", 4 * 6 * 6 * 6 + (change == "work"))
         if change == "chunks":
             sampler = sampler.replace(chunk_size=2)
-        elif change == "little_work":
-            monkeypatch.setattr(sampler_module, "_WORTH_THREADS", 5 * 6 * 6 * 40 + 1)
         elif change == "accelerator":
             monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-        else:
+        elif change == "devices":
             monkeypatch.setattr(jax, "device_count", lambda: 2)
+        elif change == "core":
+            monkeypatch.setattr(sampler_module, "num_cores", lambda: 1)
         variables = model.init(jax.random.key(0), jnp.ones((1, 6)))
+        sampler = structured(sampler)
         state = sampler.init_state(model, variables, seed=1)
-        assert structured(sampler)._num_parts(model, variables, state, chain_length=5) == 1
+        assert sampler._is_worth_threads(model, variables, state, 4) == (change is None)
 
     @pytest.mark.parametrize(
-        ("num_chains", "num_cores", "number"), [(16, 2, 2), (64, 16, 2), (14, 2, 1), (16, 1, 1)]
+        "transform",
+        [
+            lambda f: jax.jit(f)(1.0),
+            lambda f: jax.grad(f)(1.0) / 2,
+            lambda f: jax.vmap(f)(jnp.ones(2))[0],
+            lambda f: jax.jvp(f, (1.0,), (1.0,))[0],
+            lambda f: jax.jit(jax.grad(f))(1.0) / 2,
+        ],
     )
-    def test_number(self, monkeypatch, num_chains, num_cores, number):
-        model = compat.MLP(hidden_dims=(5,))
-        sampler = structured(nk.sampler.MetropolisLocal(SPINS, n_chains=num_chains))
-        variables = model.init(jax.random.key(0), jnp.ones((1, 6)))
-        state = sampler.init_state(model, variables, seed=1)
-        monkeypatch.setattr(sampler_module, "num_cores", lambda: num_cores)
-        # 5 steps of 6 proposals for each chain, 40 parameters
-        monkeypatch.setattr(sampler_module, "_WORTH_THREADS", 5 * 6 * num_chains * 40)
-        assert sampler._num_parts(model, variables, state, chain_length=5) == number
-
-    def test_traced(self, parts):
-        """By the user, on chains of his own and on those of a constant state."""
+    @pytest.mark.parametrize("of_constants", [True, False])
+    def test_while_traced(self, parts, transform, of_constants):
+        """In one part, which is how it was compiled before."""
         model = compat.MLP(hidden_dims=(5,))
         sampler = structured(nk.sampler.MetropolisLocal(SPINS, n_chains=6))
         variables = model.init(jax.random.key(0), jnp.ones((1, 6)))
         state = sampler.reset(model, variables, sampler.init_state(model, variables, seed=1))
 
-        def sampled(state):
-            return sampler.sample(model, variables, state=state, chain_length=5)
+        def squared(t):
+            ones = jax.tree.map(lambda a: a if of_constants else a * t / t, variables)
+            x, _ = sampler.sample(model, ones, state=state, chain_length=5)
+            return t**2 * jnp.sum(x.astype(float) @ jnp.arange(6.0))
 
-        expected, _ = sampled(state)
-        np.testing.assert_array_equal(jax.jit(sampled)(state)[0], expected)
-        np.testing.assert_array_equal(jax.jit(lambda: sampled(state)[0])(), expected)
-        assert parts == [(2, 2), (2, 1)]
+        expected = squared(1.0)
+        assert parts == [2]
+        assert transform(squared) == expected
+        assert set(parts[1:]) <= {0}
+
+    def test_variables_of_another_model(self, parts):
+        """Whose leaves are numbers."""
+        sampler = structured(nk.sampler.MetropolisLocal(SPINS, n_chains=6))
+
+        def log_psi(variables, x):
+            return variables["a"] * jnp.sum(x, -1) + variables["b"][0]
+
+        state = sampler.init_state(log_psi, {"a": 0.1, "b": [0.2]}, seed=1)
+        samples, _ = sampler.sample(log_psi, {"a": 0.1, "b": [0.2]}, state=state)
+        assert samples.shape == (6, 1, 6)
+        assert not parts
+
+    def test_state_of_another_number_of_chains(self, parts):
+        model, many = compat.MLP(hidden_dims=(5,)), nk.sampler.MetropolisLocal(SPINS, n_chains=12)
+        variables = model.init(jax.random.key(0), jnp.ones((1, 6)))
+        state = many.reset(model, variables, many.init_state(model, variables, seed=1))
+        stock = nk.sampler.MetropolisLocal(SPINS, n_chains=6)
+        for sampler in (stock, structured(stock)):
+            with pytest.raises(ValueError, match=r"shape=\(12, 6\)"):
+                sampler.sample(model, variables, state=state)
+        assert not parts
+
+
+def test_in_a_thread_without_netkets_mesh():
+    model, stock = compat.MLP(hidden_dims=(5,)), nk.sampler.MetropolisLocal(SPINS, n_chains=4)
+    hamiltonian = nk.operator.IsingJax(SPINS, CHAIN, h=1.0)
+
+    def energy(sampler):
+        with jax.numpy_rank_promotion("allow"):
+            return nk.vqs.MCState(sampler, model, n_samples=16, seed=1).expect(hamiltonian).mean
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        ours, theirs = pool.map(energy, [structured(stock), stock])
+    assert ours == theirs
 
 
 class TestSideBySide:
@@ -433,14 +481,35 @@ class TestSideBySide:
         assert threading.get_ident() not in threads[1:]
 
     def test_settings_of_one_thread(self):
-        """Calls in another thread, where these do not hold, would be of another program."""
+        """Another thread, where these do not hold, would compile another program."""
         with jax.default_matmul_precision("float32"):
-            results, num_programs, threads = self.called()
-        assert (results, num_programs) == ([0, 1, 4, 9], 1)
-        assert threads.count(threading.get_ident()) == 4
+            assert side_by_side(self.fail, 2) is None
 
-    def test_one(self):
-        assert self.called(1)[:2] == ([0], 1)
+    def test_traced(self):
+        jax.jit(lambda: self.none())()
+        jax.vmap(lambda x: self.none() or x)(jnp.ones(2))
+
+    def none(self):
+        assert side_by_side(self.fail, 2) is None
+
+    def test_old_jax(self, monkeypatch):
+        monkeypatch.delattr(jax.sharding, "get_mesh")
+        self.none()
+
+    def test_when_python_shuts_down(self):
+        code = """
+            import atexit
+            from compat.netket.threads import side_by_side
+            atexit.register(lambda: print(side_by_side(lambda i: i, 2)))
+            print(side_by_side(lambda i: i, 2))
+        """
+        command = [sys.executable, "-c", textwrap.dedent(code)]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert output.split("\n")[:2] == ["[0, 1]", "None"]
+
+    @staticmethod
+    def fail(_):
+        raise AssertionError("no call comes from anywhere")
 
     def test_errors_are_raised(self):
         def call(i):

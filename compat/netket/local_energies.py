@@ -159,6 +159,8 @@ def _values(
         chunked = apply_chunked(values, axes, chunk_size=size, axis_0_is_sharded=False)
         return chunked(variables, samples, connected)
 
+    if jax.device_count() == 1:  # where there may be no mesh
+        return of_one_device(variables, samples, connected)
     by_device = tuple(axis == 0 for axis in axes)
     run = sharding_decorator(of_one_device, by_device, pvary_args_tree=(True, False, False))
     return run(variables, samples, connected)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import netket as nk
+import numpy as np
 from jax import lax
 from netket.jax.sharding import sharding_decorator
 from netket.utils import struct
@@ -19,9 +20,9 @@ from .threads import num_cores, side_by_side
 
 # From so many multiplications of a proposal on, the first layer takes an accelerator time.
 _ACCELERATED = 2**25
-# Parts of the chains, each in a thread: on 16 cores more parts gained nothing.  A part has so
-# many chains, all of them make so many multiplications, or it is not worth a thread.
-_PARTS, _CHAINS, _WORTH_THREADS = 2, 8, 2**27
+# Parts of the chains, each in a thread: on 16 cores more parts gained nothing.  It is not worth
+# them if a part has fewer chains than this, or their layers fewer entries in all.
+_PARTS, _CHAINS, _ENTRIES = 2, 8, 2**22
 
 
 def structured(sampler: Any, *, screened: bool = False) -> Any:
@@ -39,12 +40,13 @@ def structured(sampler: Any, *, screened: bool = False) -> Any:
     for other rules and models, for activations that own parameters, 16-bit models, a
     sampler with a ``chunk_size``, and on accelerators, but for exchanges and large first layers.
 
-    On a CPU of several cores two halves of the chains are swept at the same time, each in a
-    thread: the products of few chains are too small for XLA to share them out.
+    On a CPU of several cores two halves of the chains of a 64-bit model are swept at the same
+    time, each in a thread: the products of few chains are too small for XLA to share them out.
 
     Decisions in 32 bits differ where rounding decides.  A model of 32 bits is therefore
     decided again by the full network wherever the logarithm of the acceptance is closer to
-    that of the random number than 16 times the error measured at the start of the sweep.
+    that of the random number than 16 times the error measured at the start of the sweep, of
+    the chains that are swept together.
 
     Args:
       sampler: A sampler of NetKet: ``MetropolisLocal(...)``, ``MetropolisExchange(...)``.
@@ -111,21 +113,23 @@ class StructuredMetropolis(nk.sampler.MetropolisSampler):
         chain_length: int,
         return_log_probabilities: bool = False,
     ) -> Any:
-        number = self._num_parts(machine, parameters, state, chain_length)
-        if number == 1:
+        def part(i: int) -> Any:
+            return _sample_part(self, machine, parameters, state, i, chain_length=chain_length)
+
+        parts = None
+        if self._is_worth_threads(machine, parameters, state, chain_length):
+            parts = side_by_side(part, _PARTS)
+        if parts is None:
             options = {"return_log_probabilities": return_log_probabilities}
             return super()._sample_chain(machine, parameters, state, chain_length, **options)
-
-        def part(i: int) -> Any:
-            arguments = self, machine, parameters, state, i
-            return _sample_part(*arguments, number=number, chain_length=chain_length)
-
-        samples, state = _joined(side_by_side(part, number))
+        samples, state = _joined(parts)
         return samples if return_log_probabilities else samples[0], state
 
     # NetKet asks subclasses to override this and not sample_next.
     def _sample_next(self, machine: Any, parameters: Any, state: Any) -> Any:
-        found = self.structure(machine, parameters, state)
+        found = None
+        if len(state.σ) == self.n_chains:  # else NetKet raises an error
+            found = self.structure(machine, parameters, state)
         if found is None:
             return super()._sample_next(machine, parameters, state)
         return self._swept(found, state)
@@ -142,7 +146,7 @@ class StructuredMetropolis(nk.sampler.MetropolisSampler):
         # A condition makes an accelerator wait for its host.
         is_screened = (self.screened and is_cpu()) or bits(network, state.σ) == 32
         run = sweep_of(network, moves, screened=is_screened)
-        if moves.by_chain:
+        if moves.by_chain and jax.device_count() > 1:  # else there may be no mesh
             run = sharding_decorator(run, (False,) * 3 + (True,) * 6, (False,) * 3)
         σ, log_prob, num_accepted = run(
             [(layer.w, layer.b) for layer in network],
@@ -184,37 +188,37 @@ class StructuredMetropolis(nk.sampler.MetropolisSampler):
         is_large = len(σ) * network[0].w.size >= _ACCELERATED
         return is_cpu() or is_large or type(self.rule) in EXCHANGES
 
-    def _num_parts(self, machine: Any, parameters: Any, state: Any, chain_length: int) -> int:
-        """Returns the number of parts of the chains that are worth a thread each."""
-        num_chains = len(state.σ)
-        work = chain_length * self.sweep_size * num_chains * nk.jax.tree_size(parameters)
-        if work < _WORTH_THREADS or not is_cpu() or jax.device_count() > 1:
-            return 1
-        if any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves((self, parameters, state))):
-            return 1
+    def _is_worth_threads(
+        self, machine: Any, parameters: Any, state: Any, chain_length: int
+    ) -> bool:
+        """Returns whether parts of the chains are swept side by side, if threads may."""
+        num_chains, weights = len(state.σ), jax.tree.leaves(parameters)
+        units = sum(np.shape(w)[-1] for w in weights if np.ndim(w) == 2)
+        if chain_length * self.sweep_size * num_chains * units < _ENTRIES or not is_cpu():
+            return False
+        if num_chains != self.n_chains or num_chains % _PARTS or num_chains < _PARTS * _CHAINS:
+            return False
+        if num_cores() < _PARTS or jax.device_count() > 1:
+            return False
         network = layers(machine, parameters)
-        if network is None or not self._gains(network, state.σ):
-            return 1
-        if not are_by_chain(self.rule, self.hilbert, state.σ.dtype):
-            return 1
-        are_parts = num_chains % _PARTS == 0 and num_chains >= _PARTS * _CHAINS
-        return _PARTS if are_parts and num_cores() >= _PARTS else 1
+        if network is None or not self._gains(network, state.σ) or bits(network, state.σ) < 64:
+            return False  # of 32 bits a product of half the rows may decide otherwise
+        return are_by_chain(self.rule, self.hilbert, state.σ.dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("machine", "number", "chain_length"))
+@functools.partial(jax.jit, static_argnames=("machine", "chain_length"))
 def _sample_part(
     sampler: StructuredMetropolis,
     machine: Any,
     parameters: Any,
     state: Any,
-    part: jax.Array,
+    part: int | jax.Array,
     *,
-    number: int,
     chain_length: int,
 ) -> tuple[Any, Any]:
     """Returns what NetKet's ``_sample_chain`` does, of a part of the chains."""
-    size = len(state.σ) // number
-    first = part * size
+    size = len(state.σ) // _PARTS
+    first = jnp.asarray(part * size)
 
     def sweep(state: Any, _: None) -> Any:
         found = sampler.structure(machine, parameters, state)

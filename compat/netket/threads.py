@@ -17,12 +17,15 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def side_by_side(call: Callable[[int], T], number: int) -> list[T]:
+def side_by_side(call: Callable[[int], T], number: int) -> list[T] | None:
     """Returns ``call(0)`` to ``call(number - 1)``, of one compiled program, at the same time.
 
-    The first comes from this thread, and compiles what the others find.  A context of JAX holds
-    for one thread: where another has other settings than this one it would compile another
-    program, so that the calls come from here, in turn, as while they are traced.
+    The first comes from this thread, and compiles what the others find.  None, and no call, where
+    they would not: JAX's contexts hold for one thread.  So does a mesh, which they are given.
+
+    Args:
+      call: Calls the program.
+      number: How often, at least twice.
 
     Example::
 
@@ -32,16 +35,21 @@ def side_by_side(call: Callable[[int], T], number: int) -> list[T]:
       >>> [int(value) for value in side_by_side(square, 3)]
       [0, 1, 4]
     """
-    first = call(0)
-    is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(first))
-    if is_traced or not hasattr(jax.sharding, "get_mesh"):  # which JAX 0.7.0 has not
-        return [first, *map(call, range(1, number))]
-    settings, mesh = jax.config.values, jax.sharding.get_mesh()
+    try:
+        mesh = jax.sharding.get_mesh()
+    except (AttributeError, ValueError):  # JAX 0.7.0 has none; or a transformation traces
+        return None
+    settings = jax.config.values
 
-    def elsewhere(i: int) -> T | None:
+    def elsewhere(i: int) -> T:
         jax.sharding.set_mesh(None if mesh.empty else mesh)
-        return call(i) if jax.config.values == settings else None
+        return call(i)
 
-    with ThreadPoolExecutor(max(1, number - 1)) as pool:
-        others = list(pool.map(elsewhere, range(1, number)))
-    return [first, *(call(i) if a is None else a for i, a in enumerate(others, 1))]
+    with ThreadPoolExecutor(number - 1) as pool:
+        try:
+            found = pool.submit(lambda: jax.config.values)
+        except RuntimeError:  # Python shuts down, and starts no threads any more
+            return None
+        if found.result() != settings:
+            return None
+        return [call(0), *pool.map(elsewhere, range(1, number))]
