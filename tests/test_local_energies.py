@@ -151,6 +151,24 @@ class TestConfigurations:
         np.testing.assert_array_equal(changes.last(jnp.asarray(masks)), expected)
         np.testing.assert_array_equal(changes.count(jnp.asarray(~masks)), (~masks).sum(-1))
 
+    @pytest.mark.parametrize("batch", [(), (2, 3)])
+    def test_last_and_number_of_other_axes(self, batch):
+        masks = np.random.default_rng(0).random((*batch, 200)) < 0.02
+        expected = np.max(np.where(masks, np.arange(1, 201), 0), -1)
+        np.testing.assert_array_equal(changes.last(jnp.asarray(masks)), expected)
+        np.testing.assert_array_equal(changes.count(jnp.asarray(masks)), masks.sum(-1))
+
+    def test_blocks_of_samples_on_an_explicit_mesh(self, monkeypatch):
+        """Hold all configurations of a sample, each of as many entries as the widest layer."""
+        network, (x, y) = self.network(), self.configurations(2)
+        monkeypatch.setattr("haiku_mlp.structure.layers._BLOCK_ENTRIES", 2 * 7 * 6 + 5)
+        mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+        with jax.set_mesh(mesh):
+            spread = jax.device_put((x, y), jax.sharding.PartitionSpec("data"))
+            program = str(jax.make_jaxpr(functools.partial(at_configurations, network))(*spread))
+        assert "f64[2,7,6]" in program
+        assert "f64[3,7,6]" not in program
+
     @pytest.mark.parametrize("shape", [(0, 7), (3, 0)])
     def test_none(self, shape):
         x, y = jnp.ones((shape[0], 32)), jnp.ones((*shape, 32))
@@ -303,6 +321,18 @@ class TestDispatch:
         finally:
             nk.config.netket_experimental_packed_kernel = False
         assert "packed" in kernel.args[1].__name__
+
+
+def test_sizes_of_which_chunks_are_made(monkeypatch):
+    """Of an operator, and of the configurations that it connects."""
+    sizes, own = [], local_energies._chunk
+    monkeypatch.setattr(local_energies, "_chunk", lambda *of: sizes.append(of) or own(*of))
+    model, samples = compat.MLP(**MODELS["real"]), SPINS.random_state(jax.random.key(0), 6)
+    variables = jax.eval_shape(model.init, jax.random.key(0), samples)
+    for connected in (ISING, ISING.get_conn_padded(samples)):
+        values = functools.partial(local_energies._values, model, 64)
+        jax.eval_shape(values, variables, samples, connected)
+    assert sizes == [(6, 16, 17, 64)] * 2
 
 
 @pytest.mark.parametrize(
