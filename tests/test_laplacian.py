@@ -13,6 +13,7 @@ from comparison import assert_close
 import haiku_mlp
 from haiku_mlp.structure import Derivatives, Layer, derivatives, forward, laplacian
 from haiku_mlp.structure.dependence import owners
+from haiku_mlp.structure.first_layer import first_layer
 
 
 def network(*sizes, activation=jnp.tanh, dtype=float):
@@ -59,6 +60,21 @@ def assert_same(layers, x, tolerance=1e-12, features=None, weights=None):
 def brute_force_promotes_ranks():
     with jax.numpy_rank_promotion("allow"):
         yield
+
+
+@pytest.mark.parametrize(
+    ("sizes", "is_by_units"),
+    [
+        ((5, 4, 3, 2), True),  # 72 products, by the inputs 90
+        ((4, 4, 3, 2), False),  # 72 either way
+        ((3, 5, 4, 2), False),
+        ((3, 5, 1), True),  # none for one hidden layer
+    ],
+)
+def test_derivatives_by_what_takes_fewer_products(sizes, is_by_units):
+    start = first_layer(network(*sizes), inputs(sizes[0])[0], None, None)
+    _, jacobian, _ = start.at(inputs(sizes[0])[0])
+    assert (jacobian is None) == is_by_units
 
 
 def waves(x):
