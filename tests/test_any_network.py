@@ -699,6 +699,19 @@ def test_plan_counts_complex_products():
     assert plan(1, float, complex) == ("jacobian", 2, 5 * 8)
 
 
+@pytest.mark.parametrize(
+    ("num_outputs", "factor", "of_inputs"), [(1, 1.0, 12), (2, 1.0, 12 // 4), (1, 1j, 12 // 4)]
+)
+def test_plan_counts_inputs_once_for_all_outputs(num_outputs, factor, of_inputs):
+    """Of a complex output both parts."""
+
+    def function(params, x):
+        return factor * (jnp.tanh(x @ params) @ jnp.ones((5, num_outputs)))
+
+    (route,) = haiku_mlp.kernel_plan(function, jnp.zeros((12, 5)), jnp.zeros((2, 12)))
+    assert route[1:] == ("gram", 1, 5 + of_inputs)
+
+
 def test_plan_on_an_accelerator(monkeypatch):
     """Sums over few pairs of positions take longer there than large derivatives."""
 
