@@ -307,6 +307,23 @@ def test_circumstances(quantity, circumstance):
     assert_equal(found, quantity, name)
 
 
+@pytest.mark.parametrize("quantity", [name for name in QUANTITIES if name != "natural_gradient"])
+def test_results_are_spread_as_the_samples_are(quantity):
+    """Which one device tells as well as many."""
+    name = "half precision" if QUANTITIES[quantity].of_layers else "own parameter"
+    specs = []
+
+    def noted(params, x):
+        found = QUANTITIES[quantity].ours(network(name), params, x)
+        specs.extend(jax.typeof(leaf).sharding.spec for leaf in jax.tree.leaves(found))
+
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        samples = jax.device_put(network(name).x, PartitionSpec("data"))
+        jax.eval_shape(noted, random_params(name), samples)
+    assert {spec[0] for spec in specs} == {"data"}
+
+
 @pytest.mark.parametrize("circumstance", CIRCUMSTANCES)
 def test_kernel_plan(circumstance):
     """Is the same everywhere: it looks at shapes alone."""
