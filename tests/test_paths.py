@@ -79,6 +79,10 @@ STATES = {
         lambda: state(compat.MLP(hidden_dims=(9, 8), param_dtype=jnp.bfloat16)),
         ("netket", "netket", "layers"),
     ),
+    "single precision": (
+        lambda: state(compat.MLP(hidden_dims=(9, 8), param_dtype=jnp.float32)),
+        ("layers", "layers", "layers"),
+    ),
     "complex": (
         lambda: state(compat.MLP(hidden_dims=(9, 8), param_dtype=complex)),
         ("layers", "layers", "tangent_kernel"),
@@ -98,6 +102,15 @@ STATES = {
 def test_plan(name):
     make, expected = STATES[name]
     assert tuple(plan(make(), ISING)) == expected
+
+
+@pytest.mark.parametrize(
+    ("width", "mode", "expected"),
+    [(5, "real", "layers"), (5, "complex", "parameters"), (9, "complex", "tangent_kernel")],
+)
+def test_complex_outputs_count_twice(width, mode, expected):
+    """Of 64 samples 128, which are more than twice as many as 40 parameters, but not as 72."""
+    assert plan(state(compat.MLP(hidden_dims=(width,))), ISING, mode=mode).step == expected
 
 
 RUN = ["all", "stock sampler", "several rules", "own rule", "subclass", "one layer"]
