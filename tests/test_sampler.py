@@ -1,6 +1,7 @@
 """The structured sampler against NetKet's own: the same chain, sample for sample."""
 
 import concurrent.futures
+import os
 import pickle
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from flax import linen as nn
 import compat
 from compat.netket import sampler as sampler_module
 from compat.netket import structured
-from compat.netket.threads import side_by_side
+from compat.netket.threads import num_cores, side_by_side
 
 rules = nk.sampler.rules
 CHAIN, HALF_CHAIN = nk.graph.Chain(6), nk.graph.Chain(3)
@@ -389,6 +390,15 @@ class TestPartsOfTheChains:
         state = sampler.init_state(model, variables, seed=1)
         assert sampler._is_worth_threads(model, variables, state, 4) == (change is None)
 
+    @pytest.mark.parametrize(("chain_length", "is_worth_it"), [(1, False), (10**6, True)])
+    def test_work_that_is_worth_it(self, monkeypatch, chain_length, is_worth_it):
+        model = compat.MLP(hidden_dims=(5,))
+        sampler = structured(nk.sampler.MetropolisLocal(SPINS, n_chains=16))
+        variables = model.init(jax.random.key(0), jnp.ones((1, 6)))
+        state = sampler.init_state(model, variables, seed=1)
+        monkeypatch.setattr(sampler_module, "num_cores", lambda: 2)
+        assert sampler._is_worth_threads(model, variables, state, chain_length) == is_worth_it
+
     @pytest.mark.parametrize(
         "transform",
         [
@@ -510,6 +520,12 @@ class TestSideBySide:
     @staticmethod
     def fail(_):
         raise AssertionError("no call comes from anywhere")
+
+    @pytest.mark.parametrize(("counted", "number"), [(3, 3), (None, 1)])
+    def test_cores_where_the_system_tells_not_whose(self, monkeypatch, counted, number):
+        monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+        monkeypatch.setattr(os, "cpu_count", lambda: counted)
+        assert num_cores() == number
 
     def test_errors_are_raised(self):
         def call(i):
