@@ -64,8 +64,9 @@ def test_kernel_and_derivatives(sizes, rows, monkeypatch):
     assert_close(*both(weights(layers)), 1e-13)
 
 
-def test_kernel_in_single_precision():
-    """The factors are centred, not the finished kernel, which would lose 1e-4 of it here."""
+@pytest.mark.parametrize("centered", [True, False])
+def test_kernel_in_single_precision(centered):
+    """Where it is centred the factors are, before: the finished one would lose 1e-4 of it here."""
     rng = np.random.default_rng(0)
     x = 1 + 0.02 * rng.normal(size=(10, 4))
     layers = network(4, 5, 3)
@@ -73,7 +74,7 @@ def test_kernel_in_single_precision():
     def kernel(dtype):
         cast = jax.tree.map(lambda a: a.astype(dtype), weights(layers))
         at = Linearized(with_weights(layers, cast), jnp.asarray(x, jnp.float32).astype(dtype))
-        return at.kernel(centered=True)
+        return at.kernel(centered=centered)
 
     ours, expected = jax.jit(lambda: (kernel(jnp.float32), kernel(float)))()
     assert ours.dtype == jnp.float32

@@ -15,7 +15,7 @@ from netket.vqs.mc import kernels
 
 import compat
 from compat.netket import layers, local_energies
-from haiku_mlp.structure import Layer, at_configurations, changes, forward
+from haiku_mlp.structure import Layer, at_configurations, changes, configurations, forward
 
 CHAIN = nk.graph.Chain(16)
 SPINS = nk.hilbert.Spin(0.5, 16)
@@ -168,6 +168,24 @@ class TestConfigurations:
             program = str(jax.make_jaxpr(functools.partial(at_configurations, network))(*spread))
         assert "f64[2,7,6]" in program
         assert "f64[3,7,6]" not in program
+
+    @pytest.mark.parametrize(("backend", "size"), [("cpu", 1024), ("gpu", 188)])
+    def test_size_of_blocks(self, monkeypatch, backend, size):
+        """Small ones stay in the cache of a CPU; elsewhere there are sixteen at most."""
+        monkeypatch.setattr(jax, "default_backend", lambda: backend)
+        x, y = jnp.ones((3, 32)), jnp.ones((3, 1000, 32))
+        program = jax.make_jaxpr(functools.partial(at_configurations, self.network()))(x, y)
+        assert f"f64[{size},6]" in str(program)
+
+    @pytest.mark.parametrize(
+        ("num_inputs", "numbers"),
+        [(32, [1, 2, 4, 4, None]), (16, [1, 2, None, None, None]), (7, 5 * [None])],
+    )
+    def test_one_loop_runs(self, num_inputs, numbers):
+        """That of the fewest changes which are enough, for 1 to 5 of them; of none, none."""
+        for most, number in enumerate([None, *numbers]):
+            choices = configurations._choices(jnp.asarray(most), num_inputs)
+            assert [n for n, is_it in choices if is_it] == [number] * (most > 0)
 
     @pytest.mark.parametrize("shape", [(0, 7), (3, 0)])
     def test_none(self, shape):

@@ -208,6 +208,14 @@ def test_models_that_gain(name, gains):
     assert (ours != stock) == gains
 
 
+def test_single_precision_is_decided_again_in_doubt():
+    """Whether it is asked for or not."""
+    stock, ours, screened = programs(
+        nk.sampler.MetropolisLocal(SPINS, n_chains=4), compat.MLP(**MODELS["single"])
+    )
+    assert ours == screened != stock
+
+
 @pytest.mark.parametrize(
     ("rule", "width", "gains"),
     [("local", 5, False), ("local", 2**21, True), ("hamiltonian", 5, False), ("exchange", 5, True)],
@@ -229,6 +237,11 @@ def test_samplers_that_are_not_metropolis_come_back():
     assert structured(tempering) is tempering
     with pytest.raises(TypeError, match="sampler must be a sampler of NetKet, got 'local'"):
         structured("local")
+
+
+def test_a_sampler_is_not_screened_unasked():
+    made = sampler_module.StructuredMetropolis(SPINS, rules.LocalRule(), n_chains=4)
+    assert not made.screened
 
 
 def test_structured_again_changes_the_screening_alone():
