@@ -221,6 +221,31 @@ def test_when_parameters_are_few():
     assert not few_parameters.are_few(params, 32)
 
 
+@pytest.mark.parametrize(("outputs", "momentum"), [((), None), ((2,), 0.8)])
+def test_step_of_few_parameters_by_normal_equations(outputs, momentum):
+    rng = np.random.default_rng(0)
+    x, residuals, w, last = map(rng.normal, 4 * [0], 4 * [1], [(9, 3), (9, *outputs)] + 2 * [(3,)])
+
+    def function(w, x):
+        z = jnp.sin(x @ w)
+        return jnp.stack([z, z**2], -1) if outputs else z
+
+    @jax.jit
+    def step_and_rows(w, x, residuals):
+        options = {"momentum": momentum, "previous": None if momentum is None else last}
+        step = few_parameters.parameter_step(
+            function, w, x, residuals, 0.1, chunk_size=None, **options
+        )
+        return step, jax.jacrev(function)(w, x)
+
+    ours, rows = map(np.asarray, step_and_rows(w, x, residuals))
+    rows = (rows - rows.mean(0)).reshape(-1, 3)
+    before = np.zeros(3) if momentum is None else momentum * last
+    rest = residuals.reshape(-1) - rows @ before
+    expected = np.linalg.solve(rows.T @ rows / 9 + 0.1 * np.eye(3), rows.T @ rest / 9)
+    assert_close(ours, before + expected, 1e-12)
+
+
 @pytest.mark.parametrize(
     ("name", "momentum", "n_samples"),
     cases.first(
