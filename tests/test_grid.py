@@ -319,8 +319,8 @@ def test_results_are_spread_as_the_samples_are(quantity):
 
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
-        samples = jax.device_put(network(name).x, PartitionSpec("data"))
-        jax.eval_shape(noted, random_params(name), samples)
+        arguments = random_params(name), network(name).x
+        jax.eval_shape(noted, *jax.device_put(arguments, (PartitionSpec(), PartitionSpec("data"))))
     assert {spec[0] for spec in specs} == {"data"}
 
 
