@@ -54,6 +54,10 @@ GROUPS: dict[str, tuple[str, Callable[[], Iterator[tuple[str, ...]]]]] = {
         "A whole iteration, sampling and step: VMC_SR in units of ours",
         lambda: iteration.iteration_rows(BUDGET),
     ),
+    "dispatch": (
+        "What Python and the start of operations take of an iteration",
+        lambda: iteration.dispatch_rows(2 * BUDGET),
+    ),
     "lapack": (
         "An iteration with OpenBLAS on all cores, in units of one with it on one",
         iteration.lapack_rows,
