@@ -324,6 +324,15 @@ class TestState:
         )
 
 
+TRANSFORMS = {
+    "jit": lambda f: jax.jit(f)(1.0),
+    "grad": lambda f: jax.grad(f)(1.0) / 2,
+    "vmap": lambda f: jax.vmap(f)(jnp.ones(2))[0],
+    "jvp": lambda f: jax.jvp(f, (1.0,), (1.0,))[0],
+    "jit of grad": lambda f: jax.jit(jax.grad(f))(1.0) / 2,
+}
+
+
 class TestPartsOfTheChains:
     """Swept side by side, each in a thread."""
 
@@ -413,17 +422,13 @@ class TestPartsOfTheChains:
         assert sampler._is_worth_threads(model, variables, state, chain_length) == is_worth_it
 
     @pytest.mark.parametrize(
-        "transform",
-        [
-            lambda f: jax.jit(f)(1.0),
-            lambda f: jax.grad(f)(1.0) / 2,
-            lambda f: jax.vmap(f)(jnp.ones(2))[0],
-            lambda f: jax.jvp(f, (1.0,), (1.0,))[0],
-            lambda f: jax.jit(jax.grad(f))(1.0) / 2,
-        ],
+        ("name", "of_constants"),
+        cases.first(
+            {("jit", False), ("grad", True)},
+            [(name, constants) for name in TRANSFORMS for constants in (True, False)],
+        ),
     )
-    @pytest.mark.parametrize("of_constants", [True, False])
-    def test_while_traced(self, parts, transform, of_constants):
+    def test_while_traced(self, parts, name, of_constants):
         """In one part, which is how it was compiled before."""
         model = compat.MLP(hidden_dims=(5,))
         sampler = structured(nk.sampler.MetropolisLocal(SPINS, n_chains=6))
@@ -437,7 +442,7 @@ class TestPartsOfTheChains:
 
         expected = squared(1.0)
         assert parts == [2]
-        assert transform(squared) == expected
+        assert TRANSFORMS[name](squared) == expected
         assert set(parts[1:]) <= {0}
 
     def test_variables_of_another_model(self, parts):
