@@ -387,6 +387,11 @@ class TestPartsOfTheChains:
             assert_same_chain(sampler, compat.MLP(**{"hidden_dims": (5,), **model}))
         assert not parts
 
+    def test_a_complex_model(self, parts):
+        model = compat.MLP(**MODELS["complex"])
+        assert_same_chain(nk.sampler.MetropolisLocal(SPINS, n_chains=6), model)
+        assert parts == [2]
+
     @pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64, jnp.bfloat16])
     def test_low_precision(self, parts, dtype):
         """The rounding of half a product may be another, and decides."""

@@ -20,8 +20,8 @@ from .threads import num_cores, side_by_side
 
 # From so many multiplications of a proposal on, the first layer takes an accelerator time.
 _ACCELERATED = 2**25
-# Parts of the chains, each in a thread: on 16 cores more parts gained nothing.  It is not worth
-# them if a part has fewer chains than this, or their layers fewer entries in all.
+# Parts of the chains, each in a thread: on 16 cores more parts gained little, or lost.  It is not
+# worth them if a part has fewer chains than this, or their layers fewer entries in all.
 _PARTS, _CHAINS, _ENTRIES = 2, 8, 2**22
 
 

@@ -153,7 +153,7 @@ def lapack_rows(rounds: int = 3) -> Iterator[tuple[str, ...]]:
     names, case = ("ours", "dense kernel"), Case("Ising", 64, (64,))
     code = f"from iteration import *; print_times({names}, Case{tuple(case)})"
     times: dict[str, list[list[float]]] = {"1": [], str(os.cpu_count()): []}
-    for (threads, series), _ in itertools.product(times.items(), range(rounds)):
+    for _, (threads, series) in itertools.product(range(rounds), times.items()):
         environment = {"JAX_ENABLE_X64": "1", "OPENBLAS_NUM_THREADS": threads}
         output = subprocess.check_output(
             [sys.executable, "-c", code],
