@@ -1,36 +1,28 @@
 """The Flax faces of the MLP's parts."""
 
-import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import haiku as hk
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import Scope
 
 import haiku_mlp
 from haiku_mlp.arguments import (
-    Arguments,
+    BlockArguments,
     check_batches,
     check_is_of_its_call,
     for_each_layer,
-    size,
+    shared,
 )
-from haiku_mlp.initializers import (
-    JaxInitializer,
-    as_haiku_initializer,
-    default_bias_init,
-    default_kernel_init,
-)
+from haiku_mlp.initializers import JaxInitializer, as_haiku_initializer
 
 from .kernels import tangent_kernel
 from .mirror.names import Names
 from .mirror.rows import Mirrored
 
-FIELDS = tuple(field.name for field in dataclasses.fields(Arguments))
 # Those that a layer has in both, besides its size.
 _LAYER_FIELDS = "use_bias", "param_dtype", "precision", "kernel_init", "bias_init"
 
@@ -39,11 +31,6 @@ class Perceptron(Mirrored):
     """What the MLP and its block share: the check of their fields, and NetKet's names."""
 
     _compact = True
-
-    def __post_init__(self) -> None:
-        for name, value in vars(Arguments(**self._fields())).items():
-            object.__setattr__(self, name, value)
-        super().__post_init__()
 
     def tangent_kernel(
         self, x: jax.Array, y: jax.Array | None = None, *, chunk_size: int | None = None
@@ -61,11 +48,6 @@ class Perceptron(Mirrored):
     def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         check_is_of_its_call(self, method)
         return super()._run(method, args, kwargs)
-
-    @nn.nowrap
-    def _fields(self) -> dict[str, Any]:
-        """Returns the fields that both have, by name."""
-        return {name: getattr(self, name) for name in FIELDS}
 
     @nn.nowrap
     def _names(self) -> Names:
@@ -87,7 +69,7 @@ class Perceptron(Mirrored):
         # Flax names the children of a compact method itself: MLP_0, Dense_0, Dense_1, ...
         place: Any = {"parent": parent, "name": name if isinstance(parent, Scope) else None}
         if type(module) is haiku_mlp.blocks.MLP:
-            return MLP(module.output_dim, **vars(module.arguments), **place)
+            return MLP(module.output_dim, **shared(module), **place)
         if type(module) is haiku_mlp.Linear:
             fields = {name: getattr(module, name) for name in _LAYER_FIELDS}
             return Dense(module.output_size, **fields, **place)
@@ -115,7 +97,7 @@ class Dense(Mirrored, nn.Dense, haiku=haiku_mlp.Linear):
         return haiku_mlp.Linear(self.features, **fields, name="linear_0")
 
 
-class MLP(Perceptron, haiku=haiku_mlp.blocks.MLP):
+class MLP(BlockArguments, Perceptron, haiku=haiku_mlp.blocks.MLP):
     """A multi-layer perceptron with ``output_dim`` outputs, a Flax module.
 
     :class:`haiku_mlp.blocks.MLP` with the fields and the parameter tree of
@@ -142,24 +124,8 @@ class MLP(Perceptron, haiku=haiku_mlp.blocks.MLP):
       (5, 2)
     """
 
-    output_dim: int = 1
-    hidden_dims: int | tuple[int, ...] | None = None
-    hidden_dims_alpha: float | tuple[float, ...] | None = None
-    param_dtype: Any = jnp.float64
-    hidden_activations: Callable | tuple[Callable | None, ...] | None = jax.nn.gelu
-    output_activation: Callable | None = None
-    use_hidden_bias: bool = True
-    use_output_bias: bool = True
-    precision: Any = None
-    kernel_init: Callable = default_kernel_init
-    bias_init: Callable = default_bias_init
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "output_dim", size(self.output_dim, "output_dim"))
-        super().__post_init__()
-
     tangent_kernel = Perceptron.tangent_kernel  # in place of Haiku's
 
     @nn.nowrap
     def _haiku(self) -> haiku_mlp.blocks.MLP:
-        return haiku_mlp.blocks.MLP(self.output_dim, **self._fields())
+        return haiku_mlp.blocks.MLP(self.output_dim, **shared(self))

@@ -1,21 +1,16 @@
 """The Flax faces: the MLP here, any Haiku module or function from the files beside it."""
 
-from collections.abc import Callable
-from typing import Any
-
-import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 import haiku_mlp
-from haiku_mlp.initializers import default_bias_init, default_kernel_init
+from haiku_mlp.arguments import Arguments, shared
 
 from .blocks import Perceptron
 from .functions import HaikuFunction as HaikuFunction
 from .wrapping import wrap as wrap
 
 
-class MLP(Perceptron, haiku=haiku_mlp.MLP):
+class MLP(Arguments, Perceptron, haiku=haiku_mlp.MLP):
     """A multi-layer perceptron with one output, a Flax module.
 
     :class:`haiku_mlp.MLP` with the fields, the parameter tree (``MLP_0``, ``Dense_0``,
@@ -59,19 +54,8 @@ class MLP(Perceptron, haiku=haiku_mlp.MLP):
       (5,)
     """
 
-    hidden_dims: int | tuple[int, ...] | None = None
-    hidden_dims_alpha: float | tuple[float, ...] | None = None
-    param_dtype: Any = jnp.float64
-    hidden_activations: Callable | tuple[Callable | None, ...] | None = jax.nn.gelu
-    output_activation: Callable | None = None
-    use_hidden_bias: bool = True
-    use_output_bias: bool = False
-    precision: Any = None
-    kernel_init: Callable = default_kernel_init
-    bias_init: Callable = default_bias_init
-
     tangent_kernel = Perceptron.tangent_kernel  # in place of Haiku's
 
     @nn.nowrap
     def _haiku(self) -> haiku_mlp.MLP:
-        return haiku_mlp.MLP(**self._fields())
+        return haiku_mlp.MLP(**shared(self))

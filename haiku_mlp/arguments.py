@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from haiku_mlp.initializers import Initializer
+from haiku_mlp.initializers import Initializer, default_bias_init, default_kernel_init
 
 # JAX ends the process where the bytes of an array overflow 64 bits.
 _MAX_SIZE = 2**31 - 1
@@ -21,9 +21,11 @@ Activation = Callable[[jax.Array], jax.Array]
 Activations = Activation | Iterable[Activation | None] | None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(repr=False, eq=False)
 class Arguments:
-    """The arguments that the MLP and its block share; sequences are kept as tuples.
+    """The fields of the MLP, Haiku's and Flax's; sequences are kept as tuples.
+
+    For a dataclass that has a module of either framework as the base behind this one.
 
     Raises:
       ValueError: Both sizes are given, a size is not positive, the number of
@@ -31,16 +33,16 @@ class Arguments:
       TypeError: The dtype is unknown, or an activation or initializer is not callable.
     """
 
-    hidden_dims: Any
-    hidden_dims_alpha: Any
-    param_dtype: Any
-    hidden_activations: Any
-    output_activation: Activation | None
-    use_hidden_bias: bool
-    use_output_bias: bool
-    precision: Any
-    kernel_init: Initializer
-    bias_init: Initializer
+    hidden_dims: int | Iterable[int] | None = None
+    hidden_dims_alpha: float | Iterable[float] | None = None
+    param_dtype: Any = jnp.float64
+    hidden_activations: Activations = jax.nn.gelu
+    output_activation: Activation | None = None
+    use_hidden_bias: bool = True
+    use_output_bias: bool = False
+    precision: Any = None
+    kernel_init: Initializer = default_kernel_init
+    bias_init: Initializer = default_bias_init
 
     def __post_init__(self) -> None:
         dims, alpha = self.hidden_dims, self.hidden_dims_alpha
@@ -65,10 +67,34 @@ class Arguments:
             hidden_activations=_activations(self.hidden_activations, num_hidden),
             precision=precision,
         )
+        super().__post_init__()  # type: ignore[misc]  # the module's
 
-    def text(self) -> str:
-        """Returns the arguments as they are written in a call."""
-        return ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+
+@dataclasses.dataclass(repr=False, eq=False)
+class _OutputDim:
+    output_dim: int = 1
+
+
+@dataclasses.dataclass(repr=False, eq=False)
+class BlockArguments(Arguments, _OutputDim):
+    """The fields of the MLP's block: ``output_dim`` comes first."""
+
+    use_output_bias: bool = True
+
+    def __post_init__(self) -> None:
+        vars(self).update(output_dim=size(self.output_dim, "output_dim"))
+        super().__post_init__()
+
+
+def shared(module: Arguments) -> dict[str, Any]:
+    """Returns the fields that the MLP and its block have, by name."""
+    return {field.name: getattr(module, field.name) for field in dataclasses.fields(Arguments)}
+
+
+def text(module: Arguments) -> str:
+    """Returns a module of Haiku as it is written in a call."""
+    names = [field.name for field in dataclasses.fields(module) if field.name != "name"]
+    return f"MLP({', '.join(f'{name}={getattr(module, name)!r}' for name in names)})"
 
 
 def size(value: Any, name: str = "hidden_dims") -> int:

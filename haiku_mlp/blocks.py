@@ -1,5 +1,6 @@
 """The layers of a multi-layer perceptron, as many outputs wide as wanted."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
@@ -9,12 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from haiku_mlp import arguments, structure
-from haiku_mlp.arguments import Activation, Activations, Arguments
-from haiku_mlp.initializers import Initializer, default_bias_init, default_kernel_init
+from haiku_mlp.arguments import Activation, BlockArguments
 from haiku_mlp.linear import Linear
 
 
-class MLP(hk.Module):
+@dataclasses.dataclass(repr=False, eq=False)
+class MLP(BlockArguments, hk.Module):  # type: ignore[misc]  # as in mlp.py
     """A multi-layer perceptron with ``output_dim`` outputs.
 
     The block of which :class:`haiku_mlp.MLP` is made; the same model as
@@ -60,38 +61,10 @@ class MLP(hk.Module):
 
     AUTO_REPR: ClassVar[bool] = False  # as in Linear
 
-    def __init__(
-        self,
-        output_dim: int = 1,
-        hidden_dims: int | Iterable[int] | None = None,
-        hidden_dims_alpha: float | Iterable[float] | None = None,
-        param_dtype: Any = jnp.float64,
-        hidden_activations: Activations = jax.nn.gelu,
-        output_activation: Activation | None = None,
-        use_hidden_bias: bool = True,
-        use_output_bias: bool = True,
-        precision: Any = None,
-        kernel_init: Initializer = default_kernel_init,
-        bias_init: Initializer = default_bias_init,
-        name: str | None = None,
-    ):
-        super().__init__(name=name)
-        self.output_dim = arguments.size(output_dim, "output_dim")
-        self.arguments = Arguments(
-            hidden_dims,
-            hidden_dims_alpha,
-            param_dtype,
-            hidden_activations,
-            output_activation,
-            use_hidden_bias,
-            use_output_bias,
-            precision,
-            kernel_init,
-            bias_init,
-        )
+    name: str | None = None
 
     def __repr__(self) -> str:
-        return f"MLP(output_dim={self.output_dim}, {self.arguments.text()})"
+        return arguments.text(self)
 
     def __call__(self, input: jax.Array) -> jax.Array:
         """Returns ``(..., output_dim)`` for inputs ``(..., N)``."""
@@ -176,23 +149,22 @@ def tangent_kernel(
 
 def _layers(block: MLP, input_size: int) -> list[tuple[Linear, Activation | None]]:
     """Returns the layers with their activations, first to last."""
-    given = block.arguments
-    sizes = _hidden_sizes(given, input_size)
-    use_bias = (*[given.use_hidden_bias] * len(sizes), given.use_output_bias)
+    sizes = _hidden_sizes(block, input_size)
+    use_bias = (*[block.use_hidden_bias] * len(sizes), block.use_output_bias)
     layers = [
         Linear(
             size,
             use_bias=bias,
-            param_dtype=given.param_dtype,
-            precision=given.precision,
-            kernel_init=given.kernel_init,
-            bias_init=given.bias_init,
+            param_dtype=block.param_dtype,
+            precision=block.precision,
+            kernel_init=block.kernel_init,
+            bias_init=block.bias_init,
             name=f"linear_{i}",
         )
         for i, (size, bias) in enumerate(zip((*sizes, block.output_dim), use_bias, strict=True))
     ]
-    hidden_activations = arguments.for_each_layer(given.hidden_activations, len(sizes))
-    return list(zip(layers, (*hidden_activations, given.output_activation), strict=True))
+    hidden_activations = arguments.for_each_layer(block.hidden_activations, len(sizes))
+    return list(zip(layers, (*hidden_activations, block.output_activation), strict=True))
 
 
 def _as_structure(block: MLP, x: jax.Array) -> tuple[structure.Layer, ...]:
@@ -255,13 +227,15 @@ def _parameters_read(run: Callable[[], Any]) -> dict[tuple[str, str], jax.Array]
     return read
 
 
-def _hidden_sizes(given: Arguments, input_size: int) -> tuple[int, ...]:
-    if given.hidden_dims_alpha is None:
-        return given.hidden_dims or ()
-    sizes = tuple(int(alpha * input_size) for alpha in given.hidden_dims_alpha)
+def _hidden_sizes(block: MLP, input_size: int) -> tuple[int, ...]:
+    dims: Any = block.hidden_dims
+    alphas: Any = block.hidden_dims_alpha
+    if alphas is None:
+        return dims or ()
+    sizes = tuple(int(alpha * input_size) for alpha in alphas)
     if min(sizes, default=1) < 1:
         raise ValueError(
-            f"hidden_dims_alpha={given.hidden_dims_alpha} gives layers of {sizes} units for "
+            f"hidden_dims_alpha={alphas} gives layers of {sizes} units for "
             f"{input_size} inputs: each must have at least 1"
         )
     return sizes

@@ -1,18 +1,17 @@
 """The multi-layer perceptron with one output."""
 
-from collections.abc import Iterable
+import dataclasses
 from typing import Any, ClassVar
 
 import haiku as hk
 import jax
-import jax.numpy as jnp
 
 from haiku_mlp import blocks, structure
-from haiku_mlp.arguments import Activation, Activations, Arguments, check_is_of_its_call
-from haiku_mlp.initializers import Initializer, default_bias_init, default_kernel_init
+from haiku_mlp.arguments import Arguments, check_is_of_its_call, shared, text
 
 
-class MLP(hk.Module):
+@dataclasses.dataclass(repr=False, eq=False)
+class MLP(Arguments, hk.Module):  # type: ignore[misc]  # Haiku's __post_init__ is its __init__
     """A multi-layer perceptron with one output: a wave function, an energy, a regressor.
 
     The same model as ``netket.models.MLP``, with its defaults and, from the same
@@ -81,36 +80,10 @@ class MLP(hk.Module):
             )
         return super().__new__(cls)
 
-    def __init__(
-        self,
-        hidden_dims: int | Iterable[int] | None = None,
-        hidden_dims_alpha: float | Iterable[float] | None = None,
-        param_dtype: Any = jnp.float64,
-        hidden_activations: Activations = jax.nn.gelu,
-        output_activation: Activation | None = None,
-        use_hidden_bias: bool = True,
-        use_output_bias: bool = False,
-        precision: Any = None,
-        kernel_init: Initializer = default_kernel_init,
-        bias_init: Initializer = default_bias_init,
-        name: str | None = None,
-    ):
-        super().__init__(name=name)
-        self.arguments = Arguments(
-            hidden_dims,
-            hidden_dims_alpha,
-            param_dtype,
-            hidden_activations,
-            output_activation,
-            use_hidden_bias,
-            use_output_bias,
-            precision,
-            kernel_init,
-            bias_init,
-        )
+    name: str | None = None
 
     def __repr__(self) -> str:
-        return f"MLP({self.arguments.text()})"
+        return text(self)
 
     def __call__(self, input: jax.Array) -> jax.Array:
         """Returns ``(...)`` for inputs ``(..., N)``."""
@@ -210,4 +183,4 @@ class MLP(hk.Module):
 
 
 def _block(mlp: MLP) -> blocks.MLP:
-    return blocks.MLP(1, **vars(mlp.arguments), name="block")
+    return blocks.MLP(1, **shared(mlp), name="block")

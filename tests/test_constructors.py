@@ -18,12 +18,14 @@ import numpy as np
 import pytest
 from comparison import assert_identical
 from flax import linen as nn
+from flax import nnx
 from flax.core import FrozenDict
 from hypothesis import given
 from hypothesis import strategies as st
 
 import compat
 import haiku_mlp
+from compat import nnx as compat_nnx
 
 KEY = jax.random.key(0)
 X = np.ones((2, 3), np.float32)
@@ -386,6 +388,18 @@ def test_a_dataclass(through):
     changed = model.clone(sizes=[3])
     assert changed.init_with_output(KEY)[0][1] == [3]
     assert (model.sizes, changed.sizes) == ([1, 2], [3])
+
+
+def test_a_default_that_is_a_function():
+    """A field of a dataclass, not a method, though the class has it as an attribute."""
+    model = compat.wrap(haiku_mlp.Linear)(3, kernel_init=jax.nn.initializers.ones)
+    assert model.bias_init is jax.nn.initializers.zeros
+    variables = model.init(KEY, jnp.ones((1, 2)))
+    assert_identical(variables["params"]["w"], jnp.ones((2, 3)))
+    node = compat_nnx.wrap(haiku_mlp.Linear)(
+        3, kernel_init=jax.nn.initializers.ones, example=(jnp.ones((1, 2)),), rngs=nnx.Rngs(0)
+    )
+    assert (node(jnp.ones((1, 2))) == 2).all()
 
 
 class Doubled(compat.wrap(hk.Linear)):

@@ -1,5 +1,7 @@
 """``compat.MLP`` and ``haiku_mlp.MLP`` against ``netket.models.MLP``: equal to the bit."""
 
+import inspect
+
 import cases
 import haiku as hk
 import jax
@@ -19,7 +21,7 @@ RUN = {"default", "two_layers", "float32", "complex64", "activations", "output_b
 def faces(request):
     """Yields (Flax face, NetKet's, Haiku face) for each good configuration."""
     theirs = nk.models.MLP(**cases.GOOD[request.param])
-    fields = {name: getattr(theirs, name) for name in compat.blocks.FIELDS}
+    fields = {name: getattr(theirs, name) for name in inspect.signature(haiku_mlp.MLP).parameters}
     haiku = hk.without_apply_rng(hk.transform(lambda x: haiku_mlp.MLP(**fields)(x)))
     return compat.MLP(**cases.GOOD[request.param]), theirs, haiku
 

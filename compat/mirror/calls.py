@@ -146,6 +146,7 @@ class Calls:
 def public_methods(hk_cls: type[hk.Module]) -> dict[str, Call]:
     """Returns the methods of a Haiku module that its Flax module has too."""
     reserved = {*dir(hk.Module), *dir(nn.Module)} - {"__call__"}
+    reserved |= {*getattr(hk_cls, "__dataclass_fields__", ())}  # which may be functions
     methods = {name: inspect.getattr_static(hk_cls, name) for name in {*dir(hk_cls)} - reserved}
     return {
         name: method
