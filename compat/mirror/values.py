@@ -118,7 +118,8 @@ class Values:
             value = make(shape, dtype, _in_scope(init, scope))
             if value is hk.DO_NOT_STORE:
                 return value
-            scope, name = self._find("params", context, value)
+            if isinstance(value, Mapping):
+                scope, name = self._find("params", context, value)
             scope.put_variable("params", name, value)
         # At apply Haiku's frame takes no new parameter; the getter supplies it.
         return _get(scope, "params", name) if hk.running_init() else hk.DO_NOT_STORE
