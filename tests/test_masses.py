@@ -55,6 +55,12 @@ def test_the_other_models_cover_all_test_nuclides():
     assert len(complete) == len(nuclides.PUBLISHED) - 4
 
 
+def test_the_models_are_listed_oldest_first():
+    years = [model.year for model in nuclides.PUBLISHED]
+    assert years == sorted(years)
+    assert sorted(set(years)) == [1988, 1995, 2005, 2007, 2010, 2011, 2012, 2013]
+
+
 def test_which_models_postdate_the_test_data():
     after = {model.table for model in nuclides.PUBLISHED if model.postdates_test}
     assert after == {"BR2013", "HFB26", "SVM13", "TCSM13"}

@@ -125,7 +125,7 @@ def find_layout(face: Mirrored, method: Method, arguments: Arguments, reserved: 
 
 def _level(names: Names, module_name: str) -> Path:
     """Returns the levels of a module's name, Haiku's own names for those of an MLP too."""
-    return () if module_name == "~" else dataclasses.replace(names, netket=False).path(module_name)
+    return () if module_name == "~" else names._replace(netket=False).path(module_name)
 
 
 # Stands for a module where nobody looks at its intermediate values.

@@ -5,12 +5,11 @@ level a module.  A ``~`` part of a Haiku name stands for no module: it is joined
 the part that follows, ``{"mlp": {"~/linear_0": {"w": ...}}}``.
 """
 
-import dataclasses
 import functools
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 Path = tuple[str, ...]
 Tree = Mapping[str, Any]
@@ -22,8 +21,7 @@ _LINEAR = re.compile(r"(^|/)linear_\d+$")
 _DENSE = re.compile(r"Dense_(\d+)$")
 
 
-@dataclasses.dataclass(frozen=True)
-class Names:
+class Names(NamedTuple):
     """A way to name Haiku modules and their values on the Flax side.
 
     Args:

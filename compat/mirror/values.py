@@ -176,8 +176,8 @@ class Values:
         """Returns scope and Flax name of the value that is asked for now; of a new one, given."""
         module_name, name = _haiku_names(context)
         scope = self.scope(module_name)
-        of_value = functools.partial(self.names.flax_name, collection, module_name, name)
-        key, escaped = map(of_value, (value, {}))
+        key = self.names.flax_name(collection, module_name, name, value)
+        escaped = key.removesuffix("~") + "~"
         if scope.has_variable(collection, escaped) and not scope.has_variable(collection, key):
             key = escaped
         _reserve(scope, key, collection)
@@ -194,7 +194,7 @@ class Values:
 
 def _haiku_names(context: hk.GetterContext) -> tuple[str, str]:
     """Returns the names of the module and of the value that is asked for now."""
-    module_name = hk.current_name()
+    module_name = getattr(context.module, "module_name", "~")
     return module_name, context.full_name.removeprefix(f"{module_name}/")  # may have a slash
 
 
