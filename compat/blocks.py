@@ -28,7 +28,7 @@ _LAYER_FIELDS = "use_bias", "param_dtype", "precision", "kernel_init", "bias_ini
 
 
 class Perceptron(Mirrored):
-    """What the MLP and its block share: the check of their fields, and NetKet's names."""
+    """What the MLP and its block share: NetKet's names, and rows that are Flax's to name."""
 
     _compact = True
 

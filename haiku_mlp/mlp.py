@@ -72,6 +72,8 @@ class MLP(Arguments, hk.Module):  # type: ignore[misc]  # Haiku's __post_init__ 
 
     AUTO_REPR: ClassVar[bool] = False  # as in Linear
 
+    name: str | None = None
+
     def __new__(cls, *args: Any, **arguments: Any) -> "MLP":  # noqa: D102
         if "output_dim" in arguments and cls.__init__ is MLP.__init__:
             raise TypeError(
@@ -79,8 +81,6 @@ class MLP(Arguments, hk.Module):  # type: ignore[misc]  # Haiku's __post_init__ 
                 "take haiku_mlp.blocks.MLP"
             )
         return super().__new__(cls)
-
-    name: str | None = None
 
     def __repr__(self) -> str:
         return text(self)
