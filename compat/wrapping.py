@@ -10,11 +10,9 @@ from flax import linen as nn
 
 from .arguments import Given, Modules
 from .mirror.caching import per_class
-from .mirror.calls import public_methods
+from .mirror.calls import public_methods, run_method
 from .mirror.names import Names
 from .mirror.rows import Mirrored
-
-_OF_FLAX = "parent", "name"
 
 
 class Wrapped(Mirrored):
@@ -24,8 +22,8 @@ class Wrapped(Mirrored):
     _haiku_class: ClassVar[type[hk.Module]]
     # The names of its arguments, by the names that they have here.
     _arguments: ClassVar[dict[str, str]]
-    # The fields that a subclass adds.
-    _own_fields: ClassVar[list[dataclasses.Field[Any]]] = []
+    # By keyword alone, as Flax clones.
+    _changes: ClassVar[inspect.Signature]
 
     haiku_arguments: Given
     # Those of the arguments that are Flax modules: Flax looks for submodules in fields.
@@ -36,15 +34,21 @@ class Wrapped(Mirrored):
         if haiku is not None:
             cls._haiku_class = haiku
             cls._arguments, cls.__signature__ = _signature(haiku)
-        if "__init__" not in vars(cls):
-            cls.__init__ = _init  # type: ignore[method-assign]  # Flax's takes the fields
+        # Of an annotation Flax would make a field, which its constructor wants.
+        annotations = inspect.get_annotations(cls)
+        cls.__annotations__ = {n: a for n, a in annotations.items() if n not in cls._arguments}
+        has_constructor = "__init__" in vars(cls)
         super().__init_subclass__(haiku=haiku, **kwargs)
-        taken = {*Wrapped.__dataclass_fields__, *cls._arguments}
-        cls._own_fields = [f for f in dataclasses.fields(cls) if f.init and f.name not in taken]
-        own = {field.name: _parameter(field) for field in cls._own_fields}
-        parameters = {**cls.__signature__.parameters, **own}
-        in_order = sorted(parameters.values(), key=lambda p: p.kind)
+        if not has_constructor:
+            cls.__init__ = _constructor(cls, cls.__init__)  # type: ignore[method-assign]
+        fields = [f for f in dataclasses.fields(cls) if f.name not in Wrapped.__dataclass_fields__]
+        own = {field.name: _parameter(field) for field in fields if field.init}
+        parameters = {**cls.__signature__.parameters, **own}.values()
+        in_order = sorted(parameters, key=lambda p: p.kind)
         cls.__signature__ = inspect.Signature(in_order)
+        cls._changes = inspect.Signature(
+            [p.replace(kind=max(p.kind, p.KEYWORD_ONLY)) for p in in_order]
+        )
 
     @nn.nowrap
     def __getattr__(self, name: str) -> Any:
@@ -64,8 +68,8 @@ class Wrapped(Mirrored):
     def __reduce__(self) -> tuple[Any, ...]:
         is_made_by_wrap = type(self) is _flax_class(self._haiku_class)
         cls = self._haiku_class if is_made_by_wrap else type(self)
-        own = {field.name: getattr(self, field.name) for field in self._own_fields}
-        return _rebuild, (cls, self.haiku_arguments, self.flax_modules, self.name, own)
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        return _rebuild, (cls, {**fields, "parent": None})
 
 
 def wrap(hk_cls: type[hk.Module]) -> type[Mirrored]:
@@ -137,11 +141,7 @@ def haiku_method(name: str) -> Callable[..., Any]:
       1.0
     """
 
-    def method(module: Mirrored, *args: Any, **kwargs: Any) -> Any:
-        return module._run(name, args, kwargs)
-
-    method.__name__ = name
-    return method
+    return run_method(name)
 
 
 def _signature(hk_cls: type[hk.Module]) -> tuple[dict[str, str], inspect.Signature]:
@@ -153,60 +153,53 @@ def _signature(hk_cls: type[hk.Module]) -> tuple[dict[str, str], inspect.Signatu
         # Flax clones by keyword.
         p.replace(name=name, kind=max(p.kind, p.POSITIONAL_OR_KEYWORD))
         for name, p in zip(names, of_haiku, strict=True)
-    ] + [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in _OF_FLAX]
+    ] + [
+        inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for n in ("parent", "name")
+    ]
     return names, inspect.Signature(sorted(parameters, key=lambda p: p.kind))
 
 
 def _parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
     """Returns a field as a parameter; a function that makes its default stands for that."""
-    is_made = field.default_factory is not dataclasses.MISSING
-    default = field.default_factory if is_made else field.default
-    if default is dataclasses.MISSING:
-        default = inspect.Parameter.empty
+    given = (d for d in (field.default, field.default_factory) if d is not dataclasses.MISSING)
+    default = next(given, inspect.Parameter.empty)
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default)
 
 
-def _init(self: Any, *args: Any, **kwargs: Any) -> None:
-    """Takes the arguments of the Haiku class; or from Flax the fields, and what changes."""
-    given, modules = (kwargs.pop(name, None) for name in ("haiku_arguments", "flax_modules"))
-    names = [field.name for field in self._own_fields]
-    own = {name: vars(self)[name] for name in names if name in vars(self)}  # by another __init__
-    changes = _bound(type(self), given is not None, *args, **{**own, **kwargs})
-    of_flax = {name: changes.pop(name) for name in _OF_FLAX if name in changes}
-    for field in self._own_fields:
-        if field.name not in changes:
-            is_made = field.default_factory is not dataclasses.MISSING
-            changes[field.name] = field.default_factory() if is_made else field.default
-        setattr(self, field.name, changes.pop(field.name))
-    if given is None or changes:
-        arguments = {} if given is None else given.arguments(modules)
-        for argument, value in changes.items():
-            name, parameter = self._arguments[argument], self.__signature__.parameters[argument]
-            is_more = parameter.kind is parameter.VAR_KEYWORD
-            arguments[name] = {**arguments.get(name, {}), **value} if is_more else value
-        given, modules = Given.split(self._haiku_class, arguments)
-    Wrapped.__init__(self, given, modules, **of_flax)
+def _constructor(cls: type[Wrapped], set_fields: Callable[..., None]) -> Callable[..., None]:
+    """Returns the constructor of a class; ``set_fields`` is Flax's, which takes the fields."""
+
+    def construct(self: Any, *args: Any, **kwargs: Any) -> None:
+        """Takes the arguments of the Haiku class; or from Flax the fields, and what changes."""
+        given, modules = (kwargs.pop(name, None) for name in ("haiku_arguments", "flax_modules"))
+        fields = _bound(cls, given is not None, *args, **kwargs)
+        changes = {name: fields.pop(name) for name in cls._arguments if name in fields}
+        if given is None or changes:
+            arguments = {} if given is None else given.arguments(modules)
+            for argument, value in changes.items():
+                name, parameter = cls._arguments[argument], cls.__signature__.parameters[argument]
+                is_more = parameter.kind is parameter.VAR_KEYWORD
+                arguments[name] = {**arguments.get(name, {}), **value} if is_more else value
+            given, modules = Given.split(cls._haiku_class, arguments)
+        set_fields(self, given, modules, **fields)
+
+    return construct
 
 
 def _bound(cls: type[Wrapped], is_change: bool, /, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Returns arguments by the names that they have in Flax."""
-    signature = cls.__signature__
-    many = [p.name for p in signature.parameters.values() if p.kind is p.VAR_POSITIONAL]
-    # A clone gives all of *arguments anew, by keyword.
-    changes = {name: kwargs.pop(name) for name in many if is_change and name in kwargs}
+    bind = cls._changes.bind_partial if is_change else cls.__signature__.bind
     try:
         for name in kwargs:
             if cls._arguments.get(name + "_") == name != "parent":
                 raise TypeError(f"{name!r} is Flax's own, give {name + '_'!r}")
-        bound = (signature.bind_partial if is_change else signature.bind)(*args, **kwargs)
+        return bind(*args, **kwargs).arguments
     except TypeError as error:
-        arguments = ", ".join(signature.parameters)
+        arguments = ", ".join(cls.__signature__.parameters)
         raise TypeError(f"{error}: {cls.__name__} takes {arguments}") from None
-    return {**bound.arguments, **changes}
 
 
-def _rebuild(
-    cls: type, given: Given, modules: Modules, name: str | None, own: dict[str, Any]
-) -> Mirrored:
+def _rebuild(cls: type, fields: dict[str, Any]) -> Mirrored:
     make: Any = wrap(cls) if issubclass(cls, hk.Module) else cls
-    return make(haiku_arguments=given, flax_modules=modules, parent=None, name=name, **own)
+    return make(**fields)

@@ -155,12 +155,13 @@ def public_methods(hk_cls: type[hk.Module]) -> dict[str, Call]:
     }
 
 
-def run_method(name: str, method: Call) -> Call:
+def run_method(name: str, method: Call | None = None) -> Call:
     """Returns the method of a framework's module that runs the Haiku method ``name``."""
 
-    @functools.wraps(method)
     def framework_method(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._run(name, args, kwargs)
 
+    if method is not None:
+        functools.update_wrapper(framework_method, method)
     framework_method.__name__ = name  # Flax's summaries look for the method by it
     return framework_method
