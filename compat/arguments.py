@@ -1,9 +1,8 @@
 """The arguments of a constructor as a value: kept as given, compared by a frozen view."""
 
-import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from functools import cached_property, partial
 from itertools import count
 from typing import Any
@@ -15,6 +14,7 @@ from flax import linen as nn
 from flax.core import FrozenDict
 
 from .mirror.caching import per_class
+from .mirror.rows import copied
 
 Modules = Mapping[str, nn.Module]
 
@@ -119,25 +119,6 @@ class Given:
 
     def __deepcopy__(self, memo: Any) -> "Given":
         return self
-
-
-def copied(value: Any, replace: Callable[[Any], Any] = lambda leaf: leaf) -> Any:
-    """Copies what Flax looks for modules in, ``replace`` done to all else in it."""
-    if type(value) in (list, tuple, set):
-        return type(value)(copied(entry, replace) for entry in value)
-    if isinstance(value, tuple) and hasattr(value, "_make"):  # a named one
-        return value._make(copied(entry, replace) for entry in value)
-    if isinstance(value, FrozenDict):
-        return FrozenDict({key: copied(entry, replace) for key, entry in value.items()})
-    if isinstance(value, dict):
-        new = copy.copy(value)
-        new.update({key: copied(entry, replace) for key, entry in value.items()})
-        return new
-    if dataclasses.is_dataclass(value) and not jax.tree_util.all_leaves([value]):  # flax.struct
-        names = [field.name for field in dataclasses.fields(value) if field.init]
-        changes = {name: copied(getattr(value, name), replace) for name in names}
-        return dataclasses.replace(value, **changes)  # type: ignore[type-var]
-    return replace(value)
 
 
 def _view(value: Any) -> Any:

@@ -1,6 +1,8 @@
 """Flax modules whose methods run Haiku code."""
 
 import copy
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import haiku as hk
@@ -8,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import errors
 from flax import linen as nn
+from flax.core import FrozenDict
 
 from .caching import per_class
 from .calls import public_methods, run_method, watcher
@@ -115,16 +118,14 @@ def snapshot(value: Any, tracers: list[Any] | None = None) -> Any:
     """
     copies: dict[int, hk.Module] = {}
 
-    def copied(node: Any) -> Any:
+    def replace(node: Any) -> Any:
         if isinstance(node, hk.Module):
             if id(node) not in copies:
                 copies[id(node)] = copy.copy(node)
-                vars(copies[id(node)]).update(copied(vars(node)))
+                vars(copies[id(node)]).update(copied(vars(node), replace))
             return copies[id(node)]
-        if isinstance(node, dict):  # JAX would sort its keys, which may not be comparable
-            entries = copy.copy(node)
-            entries.update({key: tree_copied(entry) for key, entry in node.items()})
-            return entries
+        if not jax.tree_util.all_leaves([node]):
+            return jax.tree.map(replace, node)
         if not isinstance(node, jax.core.Tracer):
             return node
         if tracers is not None:
@@ -133,7 +134,23 @@ def snapshot(value: Any, tracers: list[Any] | None = None) -> Any:
             return jax.random.split(jax.random.key(0), node.shape)
         return jnp.zeros(node.shape, node.dtype)
 
-    def tree_copied(tree: Any) -> Any:
-        return jax.tree.map(copied, tree, is_leaf=lambda node: isinstance(node, dict))
+    return replace(value)
 
-    return tree_copied(value)
+
+def copied(value: Any, replace: Callable[[Any], Any]) -> Any:
+    """Copies what Flax looks for modules in, ``replace`` done to all else in it."""
+    if type(value) in (list, tuple, set):
+        return type(value)(copied(entry, replace) for entry in value)
+    if isinstance(value, tuple) and hasattr(value, "_make"):  # a named one
+        return value._make(copied(entry, replace) for entry in value)
+    if isinstance(value, FrozenDict):
+        return FrozenDict({key: copied(entry, replace) for key, entry in value.items()})
+    if isinstance(value, dict):
+        new = copy.copy(value)
+        new.update({key: copied(entry, replace) for key, entry in value.items()})
+        return new
+    if dataclasses.is_dataclass(value) and not jax.tree_util.all_leaves([value]):  # flax.struct
+        names = [field.name for field in dataclasses.fields(value) if field.init]
+        changes = {name: copied(getattr(value, name), replace) for name in names}
+        return dataclasses.replace(value, **changes)  # type: ignore[type-var]
+    return replace(value)
