@@ -348,7 +348,7 @@ def set_variables(model: Face, variables: Mapping[str, Any]) -> None:
 
 
 def _haiku_trees(face: Mirrored, variables: Mapping[str, Any]) -> dict[str, HaikuTree]:
-    return {name: flatten(face._names(), name, variables.get(name, {})) for name in _TYPES}
+    return {name: flatten(face._names(), name, variables.get(name, {}))[0] for name in _TYPES}
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

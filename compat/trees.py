@@ -5,7 +5,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from .mirror.names import HaikuTree, Names, Tree, flatten, unflatten, unknown
+from .mirror.names import HaikuTree, Names, Tree, flatten, unflatten
 
 _LAYER = re.compile(r"mlp/block/linear_\d+/[wb]?$")
 _DENSE = re.compile(r"Dense_\d+$")
@@ -76,7 +76,7 @@ def to_flax(
     names = _names_of(root, netket)
     variables = {name: unflatten(names, name, tree) for name, tree in trees.items()}
     for collection, tree in trees.items():
-        back = flatten(names, collection, variables[collection])
+        back, _ = flatten(names, collection, variables[collection])
         for module, values in tree.items():
             if module not in back or back[module].keys() != values.keys():
                 raise ValueError(f"{module!r} in {collection!r} has no name in Flax: rename it")
@@ -128,11 +128,11 @@ def to_haiku(
 
 def _flat(names: Names, collection: str, tree: Tree) -> HaikuTree:
     """Returns the Haiku tree of a collection, or raises if anything in it has no name there."""
-    flat = flatten(names, collection, tree)
-    key = next(iter(flat.get("", ())), unknown(names, collection, tree))
-    if key is not None:
+    flat, left_out = flatten(names, collection, tree)
+    unknown = [*flat.get("", ()), *left_out]
+    if unknown:
         raise ValueError(
-            f"unknown key {key!r} in {collection!r}: no name that compat gives; if the tree "
+            f"unknown key {unknown[0]!r} in {collection!r}: no name that compat gives; if the tree "
             "leaves a level out, give the name of its Haiku module as root"
         )
     return flat

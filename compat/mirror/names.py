@@ -7,7 +7,6 @@ the part that follows, ``{"mlp": {"~/linear_0": {"w": ...}}}``.
 
 import functools
 import re
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -93,42 +92,40 @@ def unflatten(names: Names, collection: str, tree: Mapping[str, Tree]) -> dict[s
         level = levels[module_name]
         if not values and (level or level is nested):
             level[""] = {}  # a module without values, which nothing else shows
-        submodules_here = submodules[module_name]
         for name, value in values.items():
-            key = names.flax_name(collection, module_name, name, value, submodules_here)
-            level[key] = value
+            named = names.flax_name(collection, module_name, name, value, submodules[module_name])
+            level[named] = value
     return nested
 
 
-def flatten(names: Names, collection: str, tree: Tree) -> HaikuTree:
-    """Returns the flat Haiku tree of a nested Flax tree: the inverse of ``unflatten``.
+def flatten(names: Names, collection: str, tree: Tree) -> tuple[HaikuTree, list[str]]:
+    """Returns the flat Haiku tree of a nested Flax tree, and the paths of what is left out.
 
-    Leaves out what ``unflatten`` would have named otherwise: it is no value of Haiku's.  Nor is
-    None at a name that the value had before, when it was a mapping, or was none.  Only the cut of
-    a module's name into levels is free, as in ``haiku.experimental.flax``, where ``~`` is a level.
+    The inverse of ``unflatten``: what that would have named otherwise is no value of Haiku's.  Nor
+    is None at a name that the value had before, when it was a mapping, or was none.  Only the cut
+    of a module's name into levels is free, as in ``haiku.experimental.flax``, where ``~`` is a
+    level.
     """
     flat: HaikuTree = {}
+    left_out: list[str] = []
     levels = [(path, names.module_name(path), level) for path, level in _levels(tree)]
     levels.sort(key=lambda item: names.path(item[1]) != item[0])  # stable: our own cut first
     for path, module_name, level in levels:
-        if module_name in flat or "/".join(names.path(module_name)) != "/".join(path):
-            continue
-        submodules = {key for key, value in level.items() if not _is_value(key, value)}
-        values = {}
+        is_known = "/".join(names.path(module_name)) == "/".join(path) and module_name not in flat
+        submodules = {key for key in level if key and not _is_value(key, level[key])}
+        values: dict[str, Any] = {}
         for key, value in level.items():
+            if not _is_value(key, value) or _is_gone(key, level):
+                continue
             name = names.haiku_name(collection, module_name, key)
             named = names.flax_name(collection, module_name, name, value, submodules)
-            if key == named and key not in submodules and not _is_gone(key, level):
+            if is_known and key == named and name not in values:
                 values[name] = value
-        if values or "" in level or (path and not level):
+            else:
+                left_out.append("/".join((*path, key)))
+        if is_known and (values or "" in level or (path and not level)):
             flat[module_name] = values
-    return flat
-
-
-def unknown(names: Names, collection: str, tree: Tree) -> str | None:
-    """Returns the path of something that ``flatten`` leaves out, or None."""
-    known = unflatten(names, collection, flatten(names, collection, tree))
-    return next(iter(Counter(_value_paths(tree)) - Counter(_value_paths(known))), None)
+    return flat, left_out
 
 
 def _enter(tree: dict[str, Any], part: str) -> dict[str, Any]:
@@ -156,10 +153,3 @@ def _is_gone(key: str, level: Tree) -> bool:
     if key == plain:
         return level.get(f"{key}~") is not None
     return plain in level and not isinstance(level[plain], Mapping)
-
-
-def _value_paths(tree: Tree) -> Iterator[str]:
-    for path, level in _levels(tree):
-        for key, value in level.items():
-            if _is_value(key, value) and not _is_gone(key, level):
-                yield "/".join((*path, key))

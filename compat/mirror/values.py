@@ -43,7 +43,7 @@ class Values:
         self._boxes: dict[tuple[str, str], tuple[meta.AxisMetadata[Any], tuple[int, ...]]] = {}
         variables = scope.variables() if load else {}
         self.params, self.state = (
-            flatten(names, collection, meta.unbox(variables.get(collection, {})))
+            flatten(names, collection, meta.unbox(variables.get(collection, {})))[0]
             for collection in ("params", "state")
         )
 
