@@ -8,24 +8,20 @@ from typing import Any
 import haiku as hk
 import jax
 import jax.numpy as jnp
-from flax import errors
 from flax import linen as nn
 from flax.core import FrozenDict
 
 from .caching import per_class
 from .calls import public_methods, run_method, watcher
 from .names import Names
-from .run import Run
+from .run import Host, Run
 
 
-class Mirrored(nn.Module):
+class Mirrored(Host):
     """A Flax module whose methods are those of Haiku code.
 
     ``class Face(Mirrored, haiku=HaikuClass)`` gets the public methods of ``HaikuClass``.
     """
-
-    # Whether the methods are compact: Flax names what is in them.
-    _compact = False
 
     @classmethod
     def __init_subclass__(cls, haiku: type[hk.Module] | None = None, **kwargs: Any) -> None:
@@ -36,49 +32,16 @@ class Mirrored(nn.Module):
         super().__init_subclass__(**kwargs)
 
     @nn.nowrap
-    def _names(self) -> Names:
-        """Returns how Haiku's names read in this module's scope."""
-        return Names()
-
-    @nn.nowrap
-    def _haiku(self) -> Any:
-        """Returns the Haiku module or function; called inside a transform."""
-        raise NotImplementedError
-
-    @nn.nowrap
     def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls a method of the Haiku code, as part of the outer run if there is one."""
         outer = watcher()
         again = outer.again(self, method) if isinstance(outer, Run) else None
         if again is not None:
             return again(*args, **kwargs)
-        if self.scope is None:
-            raise errors.CallCompactUnboundModuleError
-        run = Run(
-            host=self,
-            names=self._names(),
-            make_row=self._row,
-            is_compact=self._compact,
-            is_closed=self._is_closed(),
-        )
-        return run(self._haiku, method, args, kwargs)
-
-    @nn.nowrap
-    def _is_closed(self) -> bool:
-        """Returns whether it is known that nobody but the module's own layers makes modules here,
-        or draws a key, apart from the initializers that get theirs from the scope.
-        """
-        return False
+        return Run(self)(method, args, kwargs)
 
     @nn.nowrap
     def _row(self, module: hk.Module | type[hk.Module], parent: Any, name: str) -> "Mirrored":
-        """Returns the Flax module that stands for a Haiku module.
-
-        Args:
-          module: The module; its class, if Flax sees none of its calls.
-          parent: The Flax parent, or the module's own scope.
-          name: The Flax name.
-        """
         hk_cls = module if isinstance(module, type) else type(module)
         # Flax's summary runs a row again by itself, and the call that comes may change it.
         origin = snapshot(module) if self.is_initializing() else module

@@ -7,17 +7,15 @@ native model; but only where Flax looks.
 """
 
 import contextlib
-import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import haiku as hk
 import jax
 from flax import errors
 from flax import linen as nn
-from flax.core import Scope
 
 from .calls import Call, Calls
 from .names import Names, Path
@@ -31,58 +29,77 @@ class NameScope(hk.Module):
     """Stands for a level of Haiku names that no module has (``hk.force_name``)."""
 
 
-@dataclasses.dataclass(eq=False)
+class Host(nn.Module):
+    """A Flax module whose methods run Haiku code."""
+
+    # Whether the methods are compact: rows, and Flax modules in the Haiku code, are Flax's to
+    # name.  In general they are not: Haiku has names of its own for them.
+    _compact = False
+
+    @nn.nowrap
+    def _names(self) -> Names:
+        """Returns how Haiku's names read in this module's scope."""
+        return Names()
+
+    @nn.nowrap
+    def _haiku(self) -> Any:
+        """Returns the Haiku module or function; called inside a transform."""
+        raise NotImplementedError
+
+    @nn.nowrap
+    def _is_closed(self) -> bool:
+        """Returns whether it is known that nobody but the module's own layers makes modules here,
+        or draws a key, apart from the initializers that get theirs from the scope.
+        """
+        return False
+
+    @nn.nowrap
+    def _row(self, module: hk.Module | type[hk.Module], parent: Any, name: str) -> Any:
+        """Returns the Flax module that stands for a Haiku module.
+
+        Args:
+          module: The module; its class, if Flax sees none of its calls.
+          parent: The Flax parent, or the module's own scope.
+          name: The Flax name.
+        """
+        raise NotImplementedError
+
+
 class Run:
-    """One run of Haiku code inside a bound Flax module.
+    """One run of Haiku code inside a bound Flax module."""
 
-    Attributes:
-      host: The Flax module whose method runs.
-      names: How Haiku's names read in the scope.
-      make_row: Returns the Flax module that stands for a Haiku module, or for a class of
-        which Flax sees no call; takes the module, the parent (a Flax module or the row's
-        own scope) and the Flax name.
-      is_compact: Whether the host's method is compact: rows, and Flax modules in the Haiku
-        code, are Flax's to name.  In general they are not: Haiku has names of its own for them.
-      is_closed: Whether nobody else makes modules, or draws a key (see ``Mirrored``).
-      scope: The host's scope.
-    """
-
-    host: nn.Module
-    names: Names
-    make_row: Callable[[hk.Module | type[hk.Module], nn.Module | Scope, str], Any]
-    is_compact: bool
-    is_closed: bool
-    scope: Any = dataclasses.field(init=False)
-
-    def __post_init__(self) -> None:
-        self.scope = self.host.scope
+    def __init__(self, host: Host):
+        if host.scope is None:
+            raise errors.CallCompactUnboundModuleError
+        self._host = host
+        self._scope = host.scope
+        self._names = host._names()
         self._is_seen = is_flax_looking()
+        self._is_closed = host._is_closed()
         # Where Flax sees no call, and names nothing, its names are known.
-        self._compact = self.is_compact and (self._is_seen or not self.is_closed)
+        self._compact = host._compact and (self._is_seen or not self._is_closed)
         self.calls = Calls(is_sending=self._is_seen or self._compact)
         self._parenthood = contextlib.nullcontext if self._compact else no_flax_parent
-        self._values = Values(self.scope, self.names, load=not self._compact)
+        self._values = Values(self._scope, self._names, load=not self._compact)
         self._rows: dict[str, tuple[hk.Module, Any]] = {}
         self._stream: str | None = None
 
-    def __call__(
-        self, make: Call, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Calls a method of the Haiku module, or the function, that ``make`` returns."""
-        is_creating = self.host.is_initializing() and self.scope.is_mutable_collection("params")
+    def __call__(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Calls a method of the host's Haiku module, or its function."""
+        is_creating = self._host.is_initializing() and self._scope.is_mutable_collection("params")
         streams = ("params",) if is_creating else ("apply", "dropout", "params")
         outputs: list[Any] = []
 
         def body() -> None:
             with self._hooked():
-                haiku = make()
+                haiku = self._host._haiku()
                 if isinstance(haiku, hk.Module):
-                    self._rows[haiku.module_name] = haiku, self.host
+                    self._rows[haiku.module_name] = haiku, self._host
                     haiku = self.calls.unsent(haiku, method)
                 outputs.append(haiku(*args, **kwargs))
 
         try:
-            key = None if is_creating and self.is_closed else self._key(streams)
+            key = None if is_creating and self._is_closed else self._key(streams)
             if is_creating:
                 transformed.init(key, body)
             else:
@@ -90,8 +107,8 @@ class Run:
         except ValueError as error:
             if not is_missing_key(error):
                 raise
-            name = self.host.name or type(self.host).__name__
-            is_to_make = self.scope.is_mutable_collection("params")
+            name = self._host.name or type(self._host).__name__
+            is_to_make = self._scope.is_mutable_collection("params")
             needed = '"params"' if is_to_make else '"apply" or "dropout"'
             raise errors.InvalidRngError(
                 f"{name} needs PRNG for {needed}: give "
@@ -117,11 +134,11 @@ class Run:
     def module(self, module_name: str) -> nn.Module:
         """Returns the Flax module at the scope of a Haiku module (the host's for ``~``)."""
         if module_name == "~":
-            return self.host
+            return self._host
         if module_name in self._rows:
             return self._rows[module_name][1]
         self._values.scope(module_name)
-        return self._stand_in(self.names.path(module_name))
+        return self._stand_in(self._names.path(module_name))
 
     def again(self, row: nn.Module, method: str) -> Call | None:
         """Returns the Haiku method of the module that ``row`` stands for, if it is of this run.
@@ -140,30 +157,30 @@ class Run:
         with self._parenthood(), self.calls.watched(self) as place, self._values.hooked(place):
             yield
         if self._stream is not None and haiku_key() is not first:
-            self.scope.rng_counters[self._stream] += 1  # the next run draws others
+            self._scope.rng_counters[self._stream] += 1  # the next run draws others
         self._values.keep()
-        if self._is_seen and self.host.is_initializing():
+        if self._is_seen and self._host.is_initializing():
             self._show_hidden()
 
     def _row(self, module: hk.Module) -> Any:
         name = module.module_name
-        known, row = self._rows.get(name, (None, self.host))
+        known, row = self._rows.get(name, (None, self._host))
         if known is module:
             return row
-        path = self.names.path(name)
+        path = self._names.path(name)
         if path:  # the host is under construction otherwise, and calls a method of its own
             _, parent = self._rows.get(name.rpartition("/")[0], (None, None))
             if parent is None or not self._compact or path in self._values.scopes:
                 parent = self._values.scope(name)
-            row = self.make_row(module, parent, path[-1])
+            row = self._host._row(module, parent, path[-1])
             self._values.scopes[path] = row.scope
         self._rows[name] = module, row
         return row
 
     def _stand_in(self, path: Path) -> Any:
         """Returns the Flax module of a level of which Flax sees no call."""
-        classes = {self.names.path(name): hk_cls for name, hk_cls in self.calls.classes.items()}
-        return self.make_row(classes.get(path, NameScope), self._values.scopes[path], path[-1])
+        classes = {self._names.path(name): hk_cls for name, hk_cls in self.calls.classes.items()}
+        return self._host._row(classes.get(path, NameScope), self._values.scopes[path], path[-1])
 
     def _show_hidden(self) -> None:
         """Makes a call at each level that had none.
@@ -173,7 +190,7 @@ class Run:
         """
         for name in self.calls.classes:
             self._values.scope(name)
-        shown = {(), *map(self.names.path, self._rows)}
+        shown = {(), *map(self._names.path, self._rows)}
         for path in [path for path in self._values.scopes if path not in shown]:
             self._stand_in(path).inside_transform()
 
@@ -183,11 +200,11 @@ class Run:
         The stream's counter stays where it is: what a native Flax module would draw from
         it next, a parameter at the root for instance, gets the same key here.
         """
-        self._stream = next(filter(self.scope.has_rng, streams), None)
+        self._stream = next(filter(self._scope.has_rng, streams), None)
         if self._stream is None:
             return None
-        key = self.scope.make_rng(self._stream)
-        self.scope.rng_counters[self._stream] -= 1
+        key = self._scope.make_rng(self._stream)
+        self._scope.rng_counters[self._stream] -= 1
         return key
 
 
