@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
 from itertools import count
 from typing import Any
@@ -133,7 +133,11 @@ def _view(value: Any) -> Any:
     elif hasattr(type(value), "items"):
         content = _view(tuple(value.items()))
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        content = tuple(_view(getattr(value, field.name)) for field in dataclasses.fields(value))
-    elif not isinstance(value, Hashable):
-        content = id(value)
+        names = [field.name for field in dataclasses.fields(value)]
+        content = tuple(_view(getattr(value, name, None)) for name in names)
+    else:
+        try:
+            hash(value)
+        except TypeError:
+            content = id(value)
     return type(value), content

@@ -6,12 +6,15 @@ from typing import Any
 
 import haiku as hk
 import jax
+import jax.numpy as jnp
+from flax import errors
 from flax import linen as nn
 from flax.core import Scope
 
 import haiku_mlp
 from haiku_mlp.arguments import (
     BlockArguments,
+    OtherCallError,
     check_batches,
     check_is_of_its_call,
     for_each_layer,
@@ -21,6 +24,7 @@ from haiku_mlp.initializers import JaxInitializer, as_haiku_initializer
 
 from .kernels import tangent_kernel
 from .mirror.names import Names
+from .mirror.private import no_flax_parent
 from .mirror.rows import Mirrored
 
 # Those that a layer has in both, besides its size.
@@ -47,6 +51,11 @@ class Perceptron(Mirrored):
     @nn.nowrap
     def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         check_is_of_its_call(self, method)
+        if method != "__call__" and any(map(_makes_flax_modules, self._open_activations())):
+            raise OtherCallError(
+                f"{method} knows no activations that make Flax modules: give the module itself, "
+                "for instance hidden_activations=nn.PReLU(), or make a Haiku module"
+            )
         return super()._run(method, args, kwargs)
 
     @nn.nowrap
@@ -54,13 +63,17 @@ class Perceptron(Mirrored):
         return Names(root="mlp", netket=True)
 
     @nn.nowrap
-    def _is_closed(self) -> bool:
+    def _open_activations(self) -> list[Callable[..., Any]]:
         activations = (*for_each_layer(self.hidden_activations, 1), self.output_activation)
         # Flax finds a module of its own among the fields, and has named it.
         functions = [a for a in activations if callable(a) and not isinstance(a, nn.Module)]
+        return list(filter(_is_open, functions))
+
+    @nn.nowrap
+    def _is_closed(self) -> bool:
         is_subclass = "_haiku" not in vars(type(self))  # whose methods may make modules, too
         scope: Any = self.scope
-        is_open = is_subclass or bool(scope.reservations) or any(map(_is_open, functions))
+        is_open = is_subclass or bool(scope.reservations or self._open_activations())
         initializers = map(as_haiku_initializer, (self.kernel_init, self.bias_init))
         return not is_open and all(isinstance(init, JaxInitializer) for init in initializers)
 
@@ -82,6 +95,18 @@ def _is_open(activation: Callable[..., Any]) -> bool:
     if not module.startswith(("jax.", "netket.nn.activation")):
         return True
     return getattr(sys.modules.get(module), name, None) is not activation
+
+
+def _makes_flax_modules(activation: Callable[..., Any]) -> bool:
+    """Returns whether an activation calls Flax modules that it makes."""
+    try:
+        with no_flax_parent():  # which they need
+            jax.eval_shape(activation, jax.ShapeDtypeStruct((1, 2), jnp.float32))
+    except (errors.FlaxError, AttributeError):
+        return True
+    except Exception:  # it makes Haiku's
+        return False
+    return False
 
 
 class Dense(Mirrored, nn.Dense, haiku=haiku_mlp.Linear):

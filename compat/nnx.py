@@ -220,6 +220,10 @@ class HaikuFunction(Face):
         return self._source.face._haiku()
 
 
+# Arguments whose names the constructor has for itself.
+_OF_NNX = {"example_": "example", "rngs_": "rngs", "method_": "method"}
+
+
 class Wrapped(Face):
     """The base of the classes that ``wrap`` makes."""
 
@@ -237,6 +241,7 @@ class Wrapped(Face):
                 "takes example, or a function of the module that calls several"
             )
         function = functools.partial(method, self) if callable(method) else self._function(method)
+        kwargs = {_OF_NNX.get(name, name): value for name, value in kwargs.items()}
         self._build(
             _make(wrapping.wrap(self._haiku_class), args, kwargs), function, example, rngs, method
         )
@@ -250,6 +255,8 @@ def wrap(hk_cls: type[hk.Module]) -> type[Face]:
     - ``example`` and ``rngs`` as :class:`HaikuFunction`,
     - ``method``, the name of the method that takes the example (``"__call__"``), or a
       function of the module that calls several: ``lambda module, x: module.decode(...)``.
+
+    An argument of the Haiku class with one of these names gets a ``_`` behind it.
 
     Its methods are the public methods of ``hk_cls``, apart from those whose names Flax needs
     for itself: :func:`compat.haiku_method` reaches them.  At first ``is_training`` is what
@@ -361,7 +368,7 @@ def _make(face_class: type[Mirrored], args: tuple[Any, ...], kwargs: dict[str, A
     copied((args, kwargs), _refuse_module)
     parameters = inspect.signature(face_class).parameters.values()
     own = [p for p in parameters if p.name not in ("parent", "name")]
-    inspect.Signature(own).bind(*args, **kwargs)
+    inspect.Signature(own).bind_partial(*args, **kwargs)  # the class refuses what is missing
     return face_class(*args, **kwargs)
 
 

@@ -189,7 +189,10 @@ def _constructor(cls: type[Wrapped], set_fields: Callable[..., None]) -> Callabl
 
 def _bound(cls: type[Wrapped], is_change: bool, /, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Returns arguments by the names that they have in Flax."""
-    bind = cls._changes.bind_partial if is_change else cls.__signature__.bind
+    signature = cls._changes if is_change else cls.__signature__
+    # What is missing may be filled in by what wraps the constructor (gin).
+    is_part = is_change or hasattr(cls._haiku_class.__init__, "__wrapped__")
+    bind = signature.bind_partial if is_part else signature.bind
     try:
         for name in kwargs:
             if cls._arguments.get(name + "_") == name != "parent":

@@ -129,7 +129,7 @@ def check_weights(inputs: int, outputs: int) -> None:
 
 
 class OtherCallError(TypeError):
-    """A method is inherited that is not of the module's own ``__call__``."""
+    """The module's ``__call__`` does more than the method knows of."""
 
 
 def is_of_its_call(cls: type, method: str, *, unwrapped: bool = False) -> bool:

@@ -75,7 +75,7 @@ def _takes_key(init: Initializer) -> bool:
         return False
     try:
         parameters = list(inspect.signature(init).parameters.values())
-    except ValueError:  # some builtins have no signature
+    except (TypeError, ValueError):  # some builtins have no signature, and None is not called
         return True
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return True

@@ -375,6 +375,28 @@ def test_methods_of_another_call(package, method):
             cls(hidden_dims=(3,)).init(KEY, *ARGUMENTS[method], method=method)
 
 
+@pytest.mark.parametrize(
+    "activation",
+    [lambda z: nn.PReLU()(z), lambda z: nn.Sequential([nn.tanh, nn.Dense(4)])(z)],
+    ids=["PReLU", "Dense"],
+)
+@pytest.mark.parametrize("method", ARGUMENTS)
+@pytest.mark.parametrize("package", [compat, compat.blocks])
+def test_methods_that_know_no_flax_modules(package, method, activation):
+    """Those that an activation makes; one that is a field is known."""
+    model = package.MLP(hidden_dims=(4,), hidden_activations=activation)
+    variables = model.init(KEY, X)
+    for call in (
+        lambda: model.init(KEY, *ARGUMENTS[method], method=method),
+        lambda: model.apply(variables, *ARGUMENTS[method], method=method),
+    ):
+        with pytest.raises(TypeError, match=f"{method} knows no activations that make Flax"):
+            call()
+    with_field = model.clone(hidden_activations=nn.PReLU())
+    variables = with_field.init(KEY, X)
+    with_field.apply(variables, *ARGUMENTS[method], method=method)
+
+
 @pytest.mark.parametrize("method", [*ARGUMENTS, "tangent_kernel"])
 def test_nnx_methods_of_another_call(method):
     model = changed(compat_nnx.MLP)(4, hidden_dims=(3,), rngs=nnx.Rngs(0))

@@ -7,7 +7,8 @@ import inspect
 import pickle
 import types
 from collections import OrderedDict, defaultdict
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import cloudpickle
 import flax
@@ -732,3 +733,204 @@ def test_repr_of_haiku_models():
     assert mlp.startswith("MLP(hidden_dims=(8,), hidden_dims_alpha=None, param_dtype=")
     assert block.startswith("MLP(output_dim=2, hidden_dims=None, ")
     assert linear == "Linear(output_size=3, name='linear')"
+
+
+# Values that are more than their entries.
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass
+class Doubling:
+    """Its constructor must not run again."""
+
+    size: int
+    sizes: list = dataclasses.field(default_factory=list)
+    unset: int = dataclasses.field(init=False, repr=False)
+
+    def __post_init__(self):
+        self.size *= 2
+
+    def tree_flatten(self):
+        return (self.size, self.sizes), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        raise NotImplementedError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(init=False)
+class Halves:
+    """Its constructor takes something else."""
+
+    size: int = dataclasses.field(metadata={"static": True})
+
+    def __init__(self, half):
+        self.size = 2 * half
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Noted:
+    size: int
+
+    def __eq__(self, other):
+        return vars(self) == vars(other)
+
+
+class ReadOnly(dict):
+    """As ``frozendict``."""
+
+    def update(self, *args, **kwargs):
+        raise AttributeError("read-only")
+
+    __setitem__ = update
+
+    def __copy__(self):
+        return self
+
+
+def noted():
+    value = Noted(3)
+    value.remark = "more than its fields"
+    return value
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Doubling(3, [1]),
+        lambda: Halves(3),
+        noted,
+        lambda: ReadOnly(size=3),
+        lambda: ReadOnly(sizes=[3]),
+    ],
+    ids=["post_init", "init", "attributes", "read-only", "read-only with a list"],
+)
+def test_values_that_are_more_than_their_entries(make):
+    value = make()
+    model = Wrapped(value)
+    for got in (model.config, model.init_with_output(KEY)[0][0]):
+        assert type(got) is type(value)
+        assert getattr(got, "__dict__", got) == getattr(value, "__dict__", value)
+    assert model == model.clone()
+    assert hash(model) == hash(model.clone())
+
+
+def test_lists_in_a_dataclass_are_copied():
+    value = Doubling(3, [1])
+    model = Wrapped(value)
+    value.sizes.append(2)
+    assert model.config.sizes == [1]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: map(int, "81"),
+        lambda: (size for size in (8, 1)),
+        lambda: iter([8, 1]),
+        lambda: filter(None, (0, 8, 1)),
+        lambda: iter({8: 0, 1: 0}),
+    ],
+    ids=["map", "generator", "list", "filter", "dict"],
+)
+def test_iterators_may_be_read_again(make):
+    """As plain Haiku makes new ones in each call."""
+    model = compat.wrap(hk.nets.MLP)(make())
+    expected = compat.wrap(hk.nets.MLP)([8, 1]).init(KEY, X)
+    for again in (model, model, model.clone(), model.clone(activate_final=True)):
+        assert_identical(again.init(KEY, X), expected)
+    assert list(model.output_sizes) == list(model.output_sizes) == [8, 1]
+    assert model == model.clone()
+    node = compat_nnx.wrap(hk.nets.MLP)(make(), example=(X,), rngs=nnx.Rngs(0))
+    assert node.linear_1.w.shape == (8, 1)
+
+
+def test_an_iterator_of_its_own_class_is_given_as_it_is():
+    keys = hk.PRNGSequence(0)
+    assert Wrapped(keys).config is keys
+
+
+def test_an_argument_whose_hash_raises():
+    class Unhashable:
+        def __hash__(self):
+            raise TypeError("not today")
+
+    model = Wrapped(Unhashable())
+    assert hash(model) == hash(model.clone())
+    assert model == model.clone()
+    assert model != Wrapped(Unhashable())
+
+
+def filling(init):
+    """As ``gin.configurable``: arguments that are not given come from elsewhere."""
+
+    @functools.wraps(init)
+    def filled(self, *args, **kwargs):
+        given = inspect.signature(init).bind_partial(self, *args, **kwargs).arguments
+        init(self, *args, **({} if "size" in given else {"size": 5}), **kwargs)
+
+    return filled
+
+
+class Filled(hk.Module):
+    @filling
+    def __init__(self, size, name=None):
+        super().__init__(name=name)
+        self.size = size
+
+    def __call__(self, x):
+        return hk.Linear(self.size)(x)
+
+
+def test_a_constructor_that_fills_in_what_is_missing():
+    model = compat.wrap(Filled)()
+    for filled, size in ((model, 5), (model.clone(size=2), 2), (compat.wrap(Filled)(3), 3)):
+        assert filled.init(KEY, X)["params"]["linear"]["b"].shape == (size,)
+    node = compat_nnx.wrap(Filled)(example=(X,), rngs=nnx.Rngs(0))
+    assert node.linear.b.shape == (5,)
+    with pytest.raises(TypeError, match="missing a required argument: 'output_size'"):
+        compat_nnx.wrap(hk.Linear)(example=(X,), rngs=nnx.Rngs(0))
+
+
+class Pool(hk.Module):
+    def __init__(self, method="max", example=1, name=None):
+        super().__init__(name=name)
+        self.got = method, example
+
+    def __call__(self, x):
+        return self.got
+
+
+def test_arguments_named_as_those_of_the_nnx_face():
+    node = compat_nnx.wrap(Pool)(method_="min", example_=3, example=(X,), rngs=nnx.Rngs(0))
+    assert node(X) == ("min", 3)
+    assert compat.wrap(Pool)(method="min", example=3).apply({}, X) == ("min", 3)
+
+
+@dataclasses.dataclass
+class Activated(hk.Module):
+    size: int = 3
+    act: Callable = dataclasses.field(default=jnp.tanh)
+    power: ClassVar[Callable] = lambda self, x: x**self.size
+
+    def __call__(self, x):
+        return self.act(x)
+
+
+class OfItsOwn(Activated):
+    def __init__(self, size, name=None):
+        hk.Module.__init__(self, name=name)
+        self.size = size
+
+    def act(self, x):
+        return hk.Linear(self.size)(x)
+
+
+def test_methods_of_a_dataclass():
+    """One in place of a field, and one that is held as a class variable."""
+    model = compat.wrap(OfItsOwn)(2)
+    assert model.init(KEY, X, method="act")["params"]["~act/linear"]["b"].shape == (2,)
+    assert_identical(model.apply({}, X, method="power"), X**2)
+    assert "act" not in dir(compat.wrap(Activated))

@@ -99,6 +99,7 @@ MODELS = {
         hidden_dims=(5,), hidden_activations=lambda z: z / (1 + jnp.sum(z**2, 1, keepdims=True))
     ),
     "of a graph": OfAGraph(),
+    "flax activation": compat.MLP(hidden_dims=(5,), hidden_activations=lambda z: nn.PReLU()(z)),
     "netket": nk.models.MLP(hidden_dims=(5,), hidden_activations=jnp.tanh),
 }
 
@@ -133,6 +134,7 @@ def assert_same(state, ours, stock):
             ("of batches", "equal"),
             ("subclass", "equal"),
             ("of a graph", "equal"),
+            ("flax activation", "equal"),
         },
         itertools.product(MODELS, MASSES),
     ),

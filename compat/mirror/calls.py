@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -146,12 +147,14 @@ class Calls:
 def public_methods(hk_cls: type[hk.Module]) -> dict[str, Call]:
     """Returns the methods of a Haiku module that its Flax module has too."""
     reserved = {*dir(hk.Module), *dir(nn.Module)} - {"__call__"}
-    reserved |= {*getattr(hk_cls, "__dataclass_fields__", ())}  # which may be functions
     methods = {name: inspect.getattr_static(hk_cls, name) for name in {*dir(hk_cls)} - reserved}
+    fields: Any = dataclasses.fields(hk_cls) if dataclasses.is_dataclass(hk_cls) else ()
+    defaults = {field.name: field.default for field in fields}  # which may be functions
     return {
         name: method
         for name, method in sorted(methods.items())
-        if inspect.isfunction(method) and (name == "__call__" or not name.startswith("_"))
+        if inspect.isfunction(method) and method is not defaults.get(name)
+        if name == "__call__" or not name.startswith("_")
     }
 
 
@@ -164,4 +167,12 @@ def run_method(name: str, method: Call | None = None) -> Call:
     if method is not None:
         functools.update_wrapper(framework_method, method)
     framework_method.__name__ = name  # Flax's summaries look for the method by it
+    framework_method.runs_haiku = True  # type: ignore[attr-defined]  # and so does what wraps it
     return framework_method
+
+
+@per_class
+def overridden(cls: type) -> set[str]:
+    """Returns the names of which a class has methods in place of those of ``run_method``."""
+    found = (name for c in cls.__mro__ for name, m in vars(c).items() if hasattr(m, "runs_haiku"))
+    return {name for name in found if not hasattr(getattr(cls, name), "runs_haiku")}

@@ -2,7 +2,8 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import haiku as hk
@@ -109,11 +110,26 @@ def copied(value: Any, replace: Callable[[Any], Any]) -> Any:
     if isinstance(value, FrozenDict):
         return FrozenDict({key: copied(entry, replace) for key, entry in value.items()})
     if isinstance(value, dict):
-        new = copy.copy(value)
-        new.update({key: copied(entry, replace) for key, entry in value.items()})
-        return new
+        return _updated(value, {key: copied(entry, replace) for key, entry in value.items()})
     if dataclasses.is_dataclass(value) and not jax.tree_util.all_leaves([value]):  # flax.struct
-        names = [field.name for field in dataclasses.fields(value) if field.init]
-        changes = {name: copied(getattr(value, name), replace) for name in names}
-        return dataclasses.replace(value, **changes)  # type: ignore[type-var]
+        new = copy.copy(value)  # its constructor may take, and do, other things
+        for field in dataclasses.fields(value):
+            if hasattr(value, field.name):
+                entry = copied(getattr(value, field.name), replace)
+                object.__setattr__(new, field.name, entry)
+        return new
+    if isinstance(value, Iterator) and type(value).__module__ in ("builtins", "itertools"):
+        return itertools.tee(value)[1]  # to be read again and again
     return replace(value)
+
+
+def _updated(old: dict[Any, Any], entries: dict[Any, Any]) -> dict[Any, Any]:
+    """Returns a copy of a dict, of its own type, with other entries."""
+    new = copy.copy(old)
+    changes = {key: entry for key, entry in entries.items() if entry is not old[key]}
+    try:
+        if changes:
+            new.update(changes)
+    except (AttributeError, TypeError):  # it is an immutable one
+        new = type(old)(entries)
+    return new

@@ -17,7 +17,7 @@ import jax
 from flax import errors
 from flax import linen as nn
 
-from .calls import Call, Calls
+from .calls import Call, Calls, overridden
 from .names import Names, Path
 from .private import is_flax_looking, no_flax_parent
 from .values import Values
@@ -78,7 +78,8 @@ class Run:
         self._is_closed = host._is_closed()
         # Where Flax sees no call, and names nothing, its names are known.
         self._compact = host._compact and (self._is_seen or not self._is_closed)
-        self.calls = Calls(is_sending=self._is_seen or self._compact)
+        is_sending = self._is_seen or self._compact or bool(overridden(type(host)))
+        self.calls = Calls(is_sending=is_sending)
         self._parenthood = contextlib.nullcontext if self._compact else no_flax_parent
         self._values = Values(self._scope, self._names, load=not self._compact)
         self._rows: dict[str, tuple[hk.Module, Any]] = {}
@@ -122,6 +123,8 @@ class Run:
         row = self._row(module)
         if not hasattr(type(row), method):
             return go_on
+        if method in overridden(type(row)):
+            return getattr(row, method)
 
         def call(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
             with self._parenthood():
