@@ -9,7 +9,6 @@ native model; but only where Flax looks.
 import contextlib
 import functools
 import operator
-from collections.abc import Iterator
 from typing import Any
 
 import haiku as hk
@@ -92,12 +91,18 @@ class Run:
         outputs: list[Any] = []
 
         def body() -> None:
-            with self._hooked():
+            first = haiku_key()
+            with self._parenthood(), self.calls.watched(self) as place, self._values.hooked(place):
                 haiku = self._host._haiku()
                 if isinstance(haiku, hk.Module):
                     self._rows[haiku.module_name] = haiku, self._host
                     haiku = self.calls.unsent(haiku, method)
                 outputs.append(haiku(*args, **kwargs))
+            if self._stream is not None and haiku_key() is not first:
+                self._scope.rng_counters[self._stream] += 1  # the next run draws others
+            self._values.keep()
+            if self._is_seen and self._host.is_initializing():
+                self._show_hidden()
 
         try:
             key = None if is_creating and self._is_closed else self._key(streams)
@@ -111,9 +116,9 @@ class Run:
             name = self._host.name or type(self._host).__name__
             is_to_make = self._scope.is_mutable_collection("params")
             needed = '"params"' if is_to_make else '"apply" or "dropout"'
+            given = "params" if is_to_make else "dropout"
             raise errors.InvalidRngError(
-                f"{name} needs PRNG for {needed}: give "
-                f"rngs={{{'params' if is_to_make else 'dropout'!r}: key}} "
+                f"{name} needs PRNG for {needed}: give rngs={{{given!r}: key}} "
                 "(which a pair of hk.without_apply_rng never gets)"
             ) from error
         return outputs[0]
@@ -152,18 +157,6 @@ class Run:
             if known is row:
                 return self.calls.unsent(module, method)
         return None
-
-    @contextlib.contextmanager
-    def _hooked(self) -> Iterator[None]:
-        """Returns the context of the Haiku code, inside of its transform."""
-        first = haiku_key()
-        with self._parenthood(), self.calls.watched(self) as place, self._values.hooked(place):
-            yield
-        if self._stream is not None and haiku_key() is not first:
-            self._scope.rng_counters[self._stream] += 1  # the next run draws others
-        self._values.keep()
-        if self._is_seen and self._host.is_initializing():
-            self._show_hidden()
 
     def _row(self, module: hk.Module) -> Any:
         name = module.module_name
