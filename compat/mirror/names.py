@@ -147,9 +147,8 @@ def _is_value(key: str, value: Any) -> bool:
 
 def _is_gone(key: str, level: Tree) -> bool:
     """Returns whether None stands there since the value has its other name, with or without ~."""
-    plain = key.removesuffix("~")
     if level[key] is not None:
         return False
-    if key == plain:
-        return level.get(f"{key}~") is not None
-    return plain in level and not isinstance(level[plain], Mapping)
+    if key.endswith("~"):
+        return not isinstance(level.get(key[:-1], {}), Mapping)
+    return level.get(f"{key}~") is not None
