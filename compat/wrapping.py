@@ -22,7 +22,7 @@ class Wrapped(Mirrored):
     _haiku_class: ClassVar[type[hk.Module]]
     # The names of its arguments, by the names that they have here.
     _arguments: ClassVar[dict[str, str]]
-    # By keyword alone, as Flax clones.
+    # Its signature for Flax, which clones by keyword, *args too.
     _changes: ClassVar[inspect.Signature]
 
     haiku_arguments: Given
@@ -34,7 +34,7 @@ class Wrapped(Mirrored):
         if haiku is not None:
             cls._haiku_class = haiku
             cls._arguments, cls.__signature__ = _signature(haiku)
-        # Of an annotation Flax would make a field, which its constructor wants.
+        # An argument that is annotated once more is no field.
         annotations = inspect.get_annotations(cls)
         cls.__annotations__ = {n: a for n, a in annotations.items() if n not in cls._arguments}
         has_constructor = "__init__" in vars(cls)
@@ -46,9 +46,8 @@ class Wrapped(Mirrored):
         parameters = {**cls.__signature__.parameters, **own}.values()
         in_order = sorted(parameters, key=lambda p: p.kind)
         cls.__signature__ = inspect.Signature(in_order)
-        cls._changes = inspect.Signature(
-            [p.replace(kind=max(p.kind, p.KEYWORD_ONLY)) for p in in_order]
-        )
+        by_keyword = [p.replace(kind=max(p.kind, p.KEYWORD_ONLY)) for p in in_order]
+        cls._changes = inspect.Signature(by_keyword)
 
     @nn.nowrap
     def __getattr__(self, name: str) -> Any:
@@ -153,10 +152,9 @@ def _signature(hk_cls: type[hk.Module]) -> tuple[dict[str, str], inspect.Signatu
         # Flax clones by keyword.
         p.replace(name=name, kind=max(p.kind, p.POSITIONAL_OR_KEYWORD))
         for name, p in zip(names, of_haiku, strict=True)
-    ] + [
-        inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None)
-        for n in ("parent", "name")
     ]
+    for name in ("parent", "name"):
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None))
     return names, inspect.Signature(sorted(parameters, key=lambda p: p.kind))
 
 
