@@ -123,7 +123,8 @@ def frames(model, x):
     promoted = haiku_mlp.linear.promote
     with mock.patch.object(haiku_mlp.linear, "promote", promote):
         model.apply(variables, x)
-    return len(stacks[-1]) - stacks[-1].index("apply") - 1
+    starts = [name.startswith("apply") for name in stacks[-1]]  # Haiku's is apply_fn
+    return len(starts) - starts.index(True) - 1
 
 
 @pytest.mark.parametrize("face", [compat.MLP, compat.wrap(haiku_mlp.MLP)])
@@ -134,9 +135,12 @@ def test_calls_at_which_flax_does_not_look_are_those_of_haiku(face):
         return next_f(*args, **kwargs)
 
     x = jax.numpy.ones(3)
-    assert frames(face(), x) < 30  # 20; more where a policy of mixed precision has been set
+    # Once a policy of mixed precision has been set, each call of Haiku's takes 3 more.
+    plain = hk.without_apply_rng(hk.transform(lambda x: haiku_mlp.MLP()(x)))
+    of_haiku = frames(plain, x)
+    assert frames(face(), x) < of_haiku + 10  # 24 to 17 without such a policy
     with nn.intercept_methods(interceptor):
-        assert frames(face(), x) > 30
+        assert frames(face(), x) > of_haiku + 20
 
 
 def test_calls_go_through_flax_where_an_activation_may_make_modules():
