@@ -1,5 +1,6 @@
 """Wrong calls: the exception and the message of each, and nothing changed by any."""
 
+import functools
 import re
 
 import haiku as hk
@@ -13,6 +14,7 @@ from flax import linen as nn
 import compat
 import haiku_mlp
 from compat import nnx as compat_nnx
+from haiku_mlp import arguments
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).normal(size=(2, 4))
@@ -347,6 +349,29 @@ def test_an_init_that_fails_leaves_the_next_alone():
     with pytest.raises(TypeError):
         MODEL.init(KEY, np.full((2, 4), "up"))
     jax.tree.map(np.testing.assert_array_equal, MODEL.init(KEY, X), expected)
+
+
+def test_the_largest_sizes():
+    assert arguments.size(2**31 - 1) == 2**31 - 1
+    arguments.check_weights(2**24, 2**24)
+    with pytest.raises(ValueError, match="at most 2147483647, got 2147483648"):
+        arguments.size(2**31)
+    with pytest.raises(ValueError, match="give fewer hidden_dims"):
+        arguments.check_weights(2**24, 2**24 + 1)
+
+
+@pytest.mark.parametrize(
+    "cls", [haiku_mlp.MLP, haiku_mlp.blocks.MLP, functools.partial(haiku_mlp.Linear, 1)]
+)
+def test_haiku_modules_are_themselves_alone(cls):
+    """Dataclasses without an ``==`` of their own."""
+
+    def same():
+        one, other = cls(), cls()
+        assert one != other
+        assert {one: 1, other: 2}[one] == 1
+
+    hk.transform(same).init(KEY)
 
 
 def changed(base):
