@@ -146,15 +146,14 @@ class Calls:
 @per_class
 def public_methods(hk_cls: type[hk.Module]) -> dict[str, Call]:
     """Returns the methods of a Haiku module that its Flax module has too."""
-    reserved = {*dir(hk.Module), *dir(nn.Module)} - {"__call__"}
-    methods = {name: inspect.getattr_static(hk_cls, name) for name in {*dir(hk_cls)} - reserved}
+    reserved = {*dir(hk.Module), *dir(nn.Module)}
     fields: Any = dataclasses.fields(hk_cls) if dataclasses.is_dataclass(hk_cls) else ()
     defaults = {field.name: field.default for field in fields}  # which may be functions
     return {
         name: method
-        for name, method in sorted(methods.items())
-        if inspect.isfunction(method) and method is not defaults.get(name)
-        if name == "__call__" or not name.startswith("_")
+        for name, method in inspect.getmembers_static(hk_cls, inspect.isfunction)
+        if name == "__call__" or not (name.startswith("_") or name in reserved)
+        if method is not defaults.get(name)
     }
 
 

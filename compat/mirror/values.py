@@ -126,10 +126,9 @@ class Values:
 
     def _opened(self, value: Any, context: hk.GetterContext) -> Any:
         """Returns a value without its box, into which ``keep`` puts what comes of it."""
-        if not isinstance(value, meta.AxisMetadata):
-            return value
         opened = meta.unbox(value)
-        self._boxes[_haiku_names(context)] = value.replace_boxed(None), opened.shape
+        if isinstance(value, meta.AxisMetadata):
+            self._boxes[_haiku_names(context)] = value.replace_boxed(None), opened.shape
         return opened
 
     def _missing(self, init: Call, context: hk.GetterContext, *args: Any) -> Any:
