@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import reprlib
 from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
 from itertools import count
@@ -110,6 +111,7 @@ class Given:
     def __hash__(self) -> int:
         return hash(self._view)
 
+    @reprlib.recursive_repr()  # methods of a module that has this one may be among them
     def __repr__(self) -> str:
         arguments = ", ".join(f"{name}={value!r}" for name, value in self._arguments.items())
         return f"{self._class.__name__}({arguments})"
@@ -133,8 +135,8 @@ def _view(value: Any) -> Any:
     elif hasattr(type(value), "items"):
         content = _view(tuple(value.items()))
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value)]
-        content = tuple(_view(getattr(value, name, None)) for name in names)
+        fields = {f.name: getattr(value, f.name, None) for f in dataclasses.fields(value)}
+        content = _view(fields | getattr(value, "__dict__", {}))
     else:
         try:
             hash(value)

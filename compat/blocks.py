@@ -1,5 +1,6 @@
 """The Flax faces of the MLP's parts."""
 
+import itertools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -51,7 +52,7 @@ class Perceptron(Mirrored):
     @nn.nowrap
     def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         check_is_of_its_call(self, method)
-        if method != "__call__" and any(map(_makes_flax_modules, self._open_activations())):
+        if method != "__call__" and self._makes_flax_modules():
             raise OtherCallError(
                 f"{method} knows no activations that make Flax modules: give the module itself, "
                 "for instance hidden_activations=nn.PReLU(), or make a Haiku module"
@@ -68,6 +69,12 @@ class Perceptron(Mirrored):
         # Flax finds a module of its own among the fields, and has named it.
         functions = [a for a in activations if callable(a) and not isinstance(a, nn.Module)]
         return list(filter(_is_open, functions))
+
+    @nn.nowrap
+    def _makes_flax_modules(self) -> bool:
+        widths: Any = {1, 2, *(self.hidden_dims or ())}
+        trials = itertools.product(self._open_activations(), widths)
+        return any(itertools.starmap(_makes_flax_modules, trials))
 
     @nn.nowrap
     def _is_closed(self) -> bool:
@@ -97,14 +104,14 @@ def _is_open(activation: Callable[..., Any]) -> bool:
     return getattr(sys.modules.get(module), name, None) is not activation
 
 
-def _makes_flax_modules(activation: Callable[..., Any]) -> bool:
-    """Returns whether an activation calls Flax modules that it makes."""
+def _makes_flax_modules(activation: Callable[..., Any], width: int) -> bool:
+    """Returns whether an activation of a layer calls Flax modules that it makes."""
     try:
         with no_flax_parent():  # which they need
-            jax.eval_shape(activation, jax.ShapeDtypeStruct((1, 2), jnp.float32))
+            jax.eval_shape(activation, jax.ShapeDtypeStruct((1, width), jnp.float32))
     except (errors.FlaxError, AttributeError):
         return True
-    except Exception:  # it makes Haiku's
+    except Exception:  # it makes Haiku's, or is of another width
         return False
     return False
 

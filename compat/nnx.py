@@ -241,10 +241,10 @@ class Wrapped(Face):
                 "takes example, or a function of the module that calls several"
             )
         function = functools.partial(method, self) if callable(method) else self._function(method)
-        kwargs = {_OF_NNX.get(name, name): value for name, value in kwargs.items()}
-        self._build(
-            _make(wrapping.wrap(self._haiku_class), args, kwargs), function, example, rngs, method
-        )
+        face_class = wrapping.wrap(self._haiku_class)
+        for name in kwargs.keys() & _OF_NNX.keys() - inspect.signature(face_class).parameters:
+            kwargs[_OF_NNX[name]] = kwargs.pop(name)
+        self._build(_make(face_class, args, kwargs), function, example, rngs, method)
 
 
 def wrap(hk_cls: type[hk.Module]) -> type[Face]:

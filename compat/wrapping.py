@@ -1,5 +1,6 @@
 """Any Haiku module class as a Flax module class."""
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable
@@ -51,9 +52,10 @@ class Wrapped(Mirrored):
 
     @nn.nowrap
     def __getattr__(self, name: str) -> Any:
-        if name not in self._arguments:
-            return super().__getattr__(name)
-        return self.haiku_arguments.value(self._arguments[name], self.flax_modules)
+        if name in self._arguments:
+            with contextlib.suppress(KeyError):  # which the constructor fills in
+                return self.haiku_arguments.value(self._arguments[name], self.flax_modules)
+        return super().__getattr__(name)
 
     @nn.nowrap
     def _names(self) -> Names:

@@ -87,7 +87,7 @@ GOOD = {
         "use_output_bias": True,
         "bias_init": jax.nn.initializers.normal(0.1),
     },
-    "no_bias_init": {"hidden_dims": (8,), "use_hidden_bias": False, "bias_init": None},
+    "no_bias_init": {"use_hidden_bias": False, "use_output_bias": False, "bias_init": None},
     "default_dtype": {"hidden_dims": (8,), "use_output_bias": True, "param_dtype": None},
     "int_parameters": {"param_dtype": int, "kernel_init": jax.nn.initializers.ones},
 }

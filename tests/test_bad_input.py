@@ -402,8 +402,12 @@ def test_methods_of_another_call(package, method):
 
 @pytest.mark.parametrize(
     "activation",
-    [lambda z: nn.PReLU()(z), lambda z: nn.Sequential([nn.tanh, nn.Dense(4)])(z)],
-    ids=["PReLU", "Dense"],
+    [
+        lambda z: nn.PReLU()(z),
+        lambda z: nn.Sequential([nn.tanh, nn.Dense(4)])(z),
+        lambda z: nn.PReLU()(z + jnp.broadcast_to(jnp.arange(4.0), z.shape)),
+    ],
+    ids=["PReLU", "Dense", "of this width"],
 )
 @pytest.mark.parametrize("method", ARGUMENTS)
 @pytest.mark.parametrize("package", [compat, compat.blocks])

@@ -6,7 +6,7 @@ import functools
 import inspect
 import pickle
 import types
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -817,6 +817,13 @@ def test_values_that_are_more_than_their_entries(make):
     assert hash(model) == hash(model.clone())
 
 
+def test_attributes_beside_the_fields_count():
+    one, other = noted(), noted()
+    assert Wrapped(one) == Wrapped(other)
+    other.remark = "another"
+    assert Wrapped(one) != Wrapped(other)
+
+
 def test_lists_in_a_dataclass_are_copied():
     value = Doubling(3, [1])
     model = Wrapped(value)
@@ -832,8 +839,9 @@ def test_lists_in_a_dataclass_are_copied():
         lambda: iter([8, 1]),
         lambda: filter(None, (0, 8, 1)),
         lambda: iter({8: 0, 1: 0}),
+        lambda: iter(deque([8, 1])),
     ],
-    ids=["map", "generator", "list", "filter", "dict"],
+    ids=["map", "generator", "list", "filter", "dict", "deque"],
 )
 def test_iterators_may_be_read_again(make):
     """As plain Haiku makes new ones in each call."""
@@ -890,6 +898,7 @@ def test_a_constructor_that_fills_in_what_is_missing():
         assert filled.init(KEY, X)["params"]["linear"]["b"].shape == (size,)
     node = compat_nnx.wrap(Filled)(example=(X,), rngs=nnx.Rngs(0))
     assert node.linear.b.shape == (5,)
+    assert not hasattr(model, "size")
     with pytest.raises(TypeError, match="missing a required argument: 'output_size'"):
         compat_nnx.wrap(hk.Linear)(example=(X,), rngs=nnx.Rngs(0))
 
@@ -907,6 +916,50 @@ def test_arguments_named_as_those_of_the_nnx_face():
     node = compat_nnx.wrap(Pool)(method_="min", example_=3, example=(X,), rngs=nnx.Rngs(0))
     assert node(X) == ("min", 3)
     assert compat.wrap(Pool)(method="min", example=3).apply({}, X) == ("min", 3)
+
+
+class Underscored(hk.Module):
+    def __init__(self, method_, name=None):
+        super().__init__(name=name)
+        self.got = method_
+
+    def __call__(self, x):
+        return self.got
+
+
+def test_an_argument_that_has_such_a_name_itself():
+    node = compat_nnx.wrap(Underscored)(method_=3, example=(X,), rngs=nnx.Rngs(0))
+    assert node(X) == 3
+
+
+class Generating(hk.Module):
+    def __init__(self, function, name=None):
+        super().__init__(name=name)
+        self.function = function
+
+    def __call__(self, x):
+        return hk.Linear(2)(self.function(x))
+
+
+class Surrounding(nn.Module):
+    def setup(self):
+        self.dense = nn.Dense(3)
+        self.inner = compat.wrap(Generating)(self.function)
+
+    def function(self, x):
+        return self.dense(x)
+
+    def __call__(self, x):
+        return self.inner(x)
+
+
+def test_a_method_of_the_surrounding_module():
+    """Whose text has that of the wrapped one in it."""
+    params = Surrounding().init(KEY, X)["params"]
+    assert jax.tree.map(jnp.shape, params) == {
+        "dense": SHAPES,
+        "inner": {"linear": {"b": (2,), "w": (3, 2)}},
+    }
 
 
 @dataclasses.dataclass

@@ -84,6 +84,25 @@ class EqualMasses(compat.MLP):
         return super().laplacian(x)
 
 
+class OfHaiku(hk.Module):
+    def __call__(self, x):
+        return self._width() * envelope(x)
+
+    def laplacian(self, x):
+        width = self._width()
+        return jax.tree.map(lambda d: width * d, derivatives(envelope, x))
+
+    def _width(self):
+        return hk.get_parameter("width", (), "float64", init=jnp.ones)
+
+
+class Changed(OfHaiku):
+    """As ``Inheriting``, in Haiku."""
+
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
 SPACE = nkx.hilbert.Particle(N=2, geometry=nkx.geometry.FreeSpace(d=2))
 MODELS = {
     "mlp": compat.MLP(hidden_dims=(5, 3), hidden_activations=jnp.tanh),
@@ -99,6 +118,8 @@ MODELS = {
         hidden_dims=(5,), hidden_activations=lambda z: z / (1 + jnp.sum(z**2, 1, keepdims=True))
     ),
     "of a graph": OfAGraph(),
+    "haiku": compat.wrap(OfHaiku)(),
+    "inheriting in haiku": compat.wrap(Changed)(),
     "flax activation": compat.MLP(hidden_dims=(5,), hidden_activations=lambda z: nn.PReLU()(z)),
     "netket": nk.models.MLP(hidden_dims=(5,), hidden_activations=jnp.tanh),
 }
@@ -135,6 +156,7 @@ def assert_same(state, ours, stock):
             ("subclass", "equal"),
             ("of a graph", "equal"),
             ("flax activation", "equal"),
+            ("inheriting in haiku", "equal"),
         },
         itertools.product(MODELS, MASSES),
     ),

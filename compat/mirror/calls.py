@@ -166,12 +166,4 @@ def run_method(name: str, method: Call | None = None) -> Call:
     if method is not None:
         functools.update_wrapper(framework_method, method)
     framework_method.__name__ = name  # Flax's summaries look for the method by it
-    framework_method.runs_haiku = True  # type: ignore[attr-defined]  # and so does what wraps it
     return framework_method
-
-
-@per_class
-def overridden(cls: type) -> set[str]:
-    """Returns the names of which a class has methods in place of those of ``run_method``."""
-    found = (name for c in cls.__mro__ for name, m in vars(c).items() if hasattr(m, "runs_haiku"))
-    return {name for name in found if not hasattr(getattr(cls, name), "runs_haiku")}

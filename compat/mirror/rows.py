@@ -101,6 +101,10 @@ def snapshot(value: Any, tracers: list[Any] | None = None) -> Any:
     return replace(value)
 
 
+# Of classes that do nothing else than to iterate.
+_OF_ITERATORS = "builtins", "itertools", "_collections"
+
+
 def copied(value: Any, replace: Callable[[Any], Any]) -> Any:
     """Copies what Flax looks for modules in, ``replace`` done to all else in it."""
     if type(value) in (list, tuple, set):
@@ -118,7 +122,7 @@ def copied(value: Any, replace: Callable[[Any], Any]) -> Any:
                 entry = copied(getattr(value, field.name), replace)
                 object.__setattr__(new, field.name, entry)
         return new
-    if isinstance(value, Iterator) and type(value).__module__ in ("builtins", "itertools"):
+    if isinstance(value, Iterator) and type(value).__module__ in _OF_ITERATORS:
         return itertools.tee(value)[1]  # to be read again and again
     return replace(value)
 

@@ -16,7 +16,7 @@ import jax
 from flax import errors
 from flax import linen as nn
 
-from .calls import Call, Calls, overridden
+from .calls import Call, Calls
 from .names import Names, Path
 from .private import is_flax_looking, no_flax_parent
 from .values import Values
@@ -77,8 +77,7 @@ class Run:
         self._is_closed = host._is_closed()
         # Where Flax sees no call, and names nothing, its names are known.
         self._compact = host._compact and (self._is_seen or not self._is_closed)
-        is_sending = self._is_seen or self._compact or bool(overridden(type(host)))
-        self.calls = Calls(is_sending=is_sending)
+        self.calls = Calls(is_sending=self._is_seen or self._compact)
         self._parenthood = contextlib.nullcontext if self._compact else no_flax_parent
         self._values = Values(self._scope, self._names, load=not self._compact)
         self._rows: dict[str, tuple[hk.Module, Any]] = {}
@@ -125,9 +124,6 @@ class Run:
 
     def send(self, module: hk.Module, method: str, go_on: Call) -> Call:
         """Returns ``go_on`` as a method of the row that stands for ``module``."""
-        row = self._row(module)
-        if method in overridden(type(row)):
-            return getattr(row, method)
 
         def call(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
             with self._parenthood():
@@ -135,7 +131,7 @@ class Run:
 
         call.__name__ = method
         wrapped = nn.module.wrap_method_once(nn.compact(call) if self._compact else call)
-        return functools.partial(wrapped, row)
+        return functools.partial(wrapped, self._row(module))
 
     def module(self, module_name: str) -> nn.Module:
         """Returns the Flax module at the scope of a Haiku module (the host's for ``~``)."""

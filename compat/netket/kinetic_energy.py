@@ -95,7 +95,8 @@ class KineticEnergy(nk.operator.KineticEnergy):
         options = {"weights": jnp.broadcast_to(weights, x.shape[-1:])} if self.mass.ndim else {}
         laplacian = getattr(model, "laplacian", None)
         # A lift may change what the call computes, and that alone: nn.map_variables.
-        if laplacian is None or not is_of_its_call(type(model), "laplacian"):
+        classes = type(model), getattr(model, "_haiku_class", type(model))  # of compat.wrap
+        if laplacian is None or not all(is_of_its_call(cls, "laplacian") for cls in classes):
             raise _NoLaplacianError
         if not _takes(laplacian, x, **options):
             raise _NoLaplacianError
