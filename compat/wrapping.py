@@ -86,7 +86,8 @@ def wrap(hk_cls: type[hk.Module]) -> type[Mirrored]:
 
     The methods are the public methods of ``hk_cls``.  A name that Flax needs for itself
     (``init``, ``apply``, ``copy``, ``path``, ...) gets a ``_`` behind it as an argument, and
-    is left out as a method: :func:`haiku_method` reaches it.
+    is left out as a method: :func:`haiku_method` reaches it.  Haiku code calls those of its own
+    class, whatever a Flax subclass has in their place.
 
     The Flax tree has Haiku's names, one level a module, without that of the wrapped
     module itself.  State is the collection ``state``.
