@@ -102,7 +102,7 @@ def snapshot(value: Any, tracers: list[Any] | None = None) -> Any:
 
 
 # Of classes that do nothing else than to iterate.
-_OF_ITERATORS = "builtins", "itertools", "_collections"
+_OF_ITERATORS = "builtins", "itertools", "_collections", "collections"
 
 
 def copied(value: Any, replace: Callable[[Any], Any]) -> Any:
