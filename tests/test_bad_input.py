@@ -410,7 +410,7 @@ def test_methods_of_another_call(package, method):
     ids=["PReLU", "Dense", "of this width"],
 )
 @pytest.mark.parametrize("method", ARGUMENTS)
-@pytest.mark.parametrize("package", [compat, compat.blocks])
+@pytest.mark.parametrize("package", [compat, pytest.param(compat.blocks, marks=pytest.mark.slow)])
 def test_methods_that_know_no_flax_modules(package, method, activation):
     """Those that an activation makes; one that is a field is known."""
     model = package.MLP(hidden_dims=(4,), hidden_activations=activation)

@@ -392,7 +392,9 @@ class TestPartsOfTheChains:
         assert_same_chain(nk.sampler.MetropolisLocal(SPINS, n_chains=6), model)
         assert parts == [2]
 
-    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64, jnp.bfloat16])
+    @pytest.mark.parametrize(
+        "dtype", cases.first([jnp.float32], [jnp.float32, jnp.complex64, jnp.bfloat16])
+    )
     def test_low_precision(self, parts, dtype):
         """The rounding of half a product may be another, and decides."""
         model = compat.MLP(hidden_dims=(5,), param_dtype=dtype, hidden_activations=jnp.tanh)
@@ -529,6 +531,7 @@ class TestSideBySide:
         monkeypatch.delattr(jax.sharding, "get_mesh")
         self.none()
 
+    @pytest.mark.slow
     def test_when_python_shuts_down(self):
         code = """
             import atexit

@@ -854,7 +854,11 @@ class Scaled(compat.wrap(Parts)):
         return 2 * super().encode(x)
 
 
-@pytest.mark.parametrize("through", [lambda c: c, nn.jit, nn.remat], ids=["plain", "jit", "remat"])
+@pytest.mark.parametrize(
+    "through",
+    [lambda c: c, pytest.param(nn.jit, marks=pytest.mark.slow), nn.remat],
+    ids=["plain", "jit", "remat"],
+)
 def test_haiku_code_calls_its_own_methods(through):
     """A method of a Flax subclass is for calls from outside: a limit that is stated."""
     variables = compat.wrap(Parts)().init(KEY, X)
