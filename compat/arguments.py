@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax.core import FrozenDict
 
 from .mirror.caching import per_class
-from .mirror.rows import copied
+from .mirror.copies import copied
 
 Modules = Mapping[str, nn.Module]
 

@@ -57,11 +57,12 @@ from haiku_mlp.arguments import check_is_of_its_call, size
 
 from . import flax_adapter, functions, wrapping
 from .mirror.attributes import Method, Source, abstract, find_layout
+from .mirror.copies import copied
 from .mirror.names import HaikuTree, Path, flatten, unflatten
 from .mirror.node_run import Run, put
 from .mirror.nodes import HaikuState as HaikuState
 from .mirror.nodes import Node, node_class, reserved
-from .mirror.rows import Mirrored, copied
+from .mirror.rows import Mirrored
 
 
 class Face(Node):  # type: ignore[metaclass]

@@ -7,7 +7,7 @@ import layout
 import pytest
 
 # The files of compat from the bottom up: each imports those before it, besides haiku_mlp.
-LEAVES = {"compat.mirror", "compat.mirror.private", "compat.mirror.caching"}
+LEAVES = {"compat.mirror", *(f"compat.mirror.{f}" for f in ("private", "caching", "copies"))}
 MIRROR = ["calls", "names", "values", "run", "rows", "attributes", "node_run", "nodes"]
 FACES, ALL_FACES, NETKET = range(len(MIRROR) + 1, len(MIRROR) + 4)
 

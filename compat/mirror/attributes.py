@@ -11,8 +11,9 @@ import jax
 from flax.core import meta
 
 from .calls import Call, Calls
+from .copies import snapshot
 from .names import Names, Path
-from .rows import Mirrored, snapshot
+from .rows import Mirrored
 from .run import NameScope, is_missing_key
 
 Method = str | Callable[..., Any]
