@@ -1,8 +1,7 @@
 """What two calls give, compared: values, exceptions, Python calls, times."""
 
-import concurrent.futures
+import functools
 import gc
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from benchmarks import timing
 from flax import errors
 from flax import linen as nn
 
@@ -99,24 +99,23 @@ def num_calls(function: Callable[[], Any]) -> int:
     return count
 
 
-def median_times(functions: dict[str, Callable[[], Any]], turns: int) -> dict[str, float]:
-    """Returns the seconds of processor time of each function, which take turns.
+def median_ratios(functions: dict[str, Callable[[], Any]], reference: str) -> dict[str, float]:
+    """Returns the processor time of each function in units of the reference's.
 
-    In a thread, which has a stack of its own: CPython's comes in pieces, and a function that
-    calls across the end of one takes up to twice as long, by how deep pytest stands.
+    They take turns, each turn at another depth of the stack: at one alone a function may take up
+    to twice as long as at others.
     """
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        return thread.submit(_median_times, functions, turns).result()
-
-
-def _median_times(functions: dict[str, Callable[[], Any]], turns: int) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(turns):
+    for depth in timing.DEPTHS:
         for name, function in functions.items():
             gc.collect()
             gc.disable()  # else it is the size of the test process that is measured
-            start = time.process_time()
-            function()
-            times[name].append(time.process_time() - start)
+            times[name].append(timing.at_depth(depth, functools.partial(_seconds, function)))
             gc.enable()
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: timing.ratio(values, times[reference]).median for name, values in times.items()}
+
+
+def _seconds(function: Callable[[], Any]) -> float:
+    start = time.process_time()
+    function()
+    return time.process_time() - start

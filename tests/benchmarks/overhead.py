@@ -8,14 +8,12 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import netket as nk
-from timing import ratios, seconds
+from timing import DEPTHS, ratio, ratios, seconds
 
 import compat
 import haiku_mlp
 
 NETKET = "netket.models.MLP"
-# Python's time depends on the depth of the stack: these are of a script, or of a notebook.
-DEPTHS = range(0, 100, 5)
 
 
 def rows(budget: float) -> Iterator[tuple[str, ...]]:
@@ -83,6 +81,4 @@ def import_rows() -> Iterator[tuple[str, ...]]:
     functions = {name: lambda name=name: run(f"import {name}") for name in names}
     times = seconds(functions, budget=0, least=5)
     for name in names[1:]:
-        from timing import ratio
-
         yield "import, to `import haiku`", name, str(ratio(times[name], times["haiku"]))

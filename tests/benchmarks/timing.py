@@ -9,6 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 
+# Frames on the stack of a script, or of a notebook.  Python gets and frees its stack in pieces, so
+# that a call which crosses a border costs more: what takes a moment at one depth may take twice as
+# long at another.
+DEPTHS = range(0, 100, 5)
+
 
 class Ratio(NamedTuple):
     """How long one thing takes in units of another, and the quartiles of that."""
@@ -37,9 +42,7 @@ def seconds(
       functions: The functions, by name.
       budget: Time for all of them, in seconds.
       least: Number of turns at least.
-      depths: Frames on the stack below the calls, another number each turn.  Python gets and frees
-        its stack in pieces, so that a call which crosses a border costs more: what takes a
-        moment at one depth may take twice as long at another.
+      depths: Frames on the stack below the calls, another number each turn.
     """
     for function in functions.values():
         jax.block_until_ready(function())
@@ -52,13 +55,14 @@ def seconds(
         depth, order = depths[turn % len(depths)], turn % len(functions)
         # In another order each turn: the first call after the collection is slow.
         for name, function in [*functions.items(), *functions.items()][order:][: len(functions)]:
-            jax.block_until_ready(_at_depth(depth, function))
-            times[name].append(_at_depth(depth, functools.partial(_time, function, calls[name])))
+            jax.block_until_ready(at_depth(depth, function))
+            times[name].append(at_depth(depth, functools.partial(_time, function, calls[name])))
     return times
 
 
-def _at_depth(depth: int, function: Callable[[], Any]) -> Any:
-    return function() if depth == 0 else _at_depth(depth - 1, function)
+def at_depth(depth: int, function: Callable[[], Any]) -> Any:
+    """Returns what the function does, called with so many frames more on the stack."""
+    return function() if depth == 0 else at_depth(depth - 1, function)
 
 
 def _time(function: Callable[[], object], calls: int) -> float:
