@@ -106,12 +106,13 @@ def median_ratios(functions: dict[str, Callable[[], Any]], reference: str) -> di
     to twice as long as at others.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for depth in timing.DEPTHS:
-        for name, function in functions.items():
-            gc.collect()
-            gc.disable()  # else it is the size of the test process that is measured
-            times[name].append(timing.at_depth(depth, functools.partial(_seconds, function)))
-            gc.enable()
+    gc.disable()  # else it is the size of the test process that is measured
+    try:
+        for depth in timing.DEPTHS:
+            for name, function in functions.items():
+                times[name].append(timing.at_depth(depth, functools.partial(_seconds, function)))
+    finally:
+        gc.enable()
     return {name: timing.ratio(values, times[reference]).median for name, values in times.items()}
 
 
