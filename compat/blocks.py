@@ -74,10 +74,10 @@ class Perceptron(Mirrored):
     def _makes_flax_modules(self) -> bool:
         widths: Any = {1, 2, *(self.hidden_dims or ())}
         trials = itertools.product(self._open_activations(), widths)
-        return any(itertools.starmap(_makes_flax_modules, trials))
+        return any(itertools.starmap(_creates_flax_module, trials))
 
     @nn.nowrap
-    def _is_closed(self) -> bool:
+    def _runs_own_layers_only(self) -> bool:
         is_subclass = "_haiku" not in vars(type(self))  # whose methods may make modules, too
         scope: Any = self.scope
         is_open = is_subclass or bool(scope.reservations or self._open_activations())
@@ -104,7 +104,7 @@ def _is_open(activation: Callable[..., Any]) -> bool:
     return getattr(sys.modules.get(module), name, None) is not activation
 
 
-def _makes_flax_modules(activation: Callable[..., Any], width: int) -> bool:
+def _creates_flax_module(activation: Callable[..., Any], width: int) -> bool:
     """Returns whether an activation of a layer calls Flax modules that it makes."""
     try:
         with no_flax_parent():  # which they need

@@ -27,6 +27,10 @@ class HaikuFunction(Mirrored):
         or an :class:`haiku.TransformedWithState`.  Of a pair, its own ``init`` and ``apply``
         run, with that key.
 
+    Raises:
+      TypeError: ``fn`` is no function: a module class, or an ``hk.MultiTransformed``.
+      ValueError: ``fn`` is compiled already (``jax.jit``).
+
     Example::
 
       >>> import haiku as hk, jax, jax.numpy as jnp
@@ -44,6 +48,12 @@ class HaikuFunction(Mirrored):
         return self._run("__call__", args, kwargs)
 
     def __post_init__(self) -> None:
+        if isinstance(self.fn, type) and issubclass(self.fn, hk.Module):
+            name = self.fn.__name__
+            raise TypeError(
+                f"HaikuFunction takes a function that calls modules, got the class {name}: give "
+                f"compat.wrap({name})(...)"
+            )
         if not callable(self.fn) and not isinstance(self.fn, _TRANSFORMED):
             raise TypeError(
                 "HaikuFunction takes a function, an hk.Transformed or an hk.TransformedWithState, "
@@ -67,14 +77,14 @@ def _function(pair: hk.Transformed | hk.TransformedWithState) -> Callable[..., A
         keys = hk.maybe_get_rng_sequence_state() or (None,)
         hk.maybe_next_rng_key()  # the key is used up
         first = keys[:takes_key]
-        with place().left() as go_on:
+        with place().handed_over() as take_over:
             if isinstance(pair, hk.Transformed):
                 params = hk.transparent_lift(pair.init)(keys[0], *args, **kwargs)
-                go_on()
+                take_over()
                 return pair.apply(params, *first, *args, **kwargs)
             lifted, updater = hk.transparent_lift_with_state(pair.init)
             params, state = lifted(keys[0], *args, **kwargs)
-            go_on()
+            take_over()
             output, state = pair.apply(params, state, *first, *args, **kwargs)
             updater.update(state)
         return output

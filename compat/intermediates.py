@@ -30,6 +30,9 @@ def perturb(name: str, value: Any, collection: str = "perturbations") -> Any:
     Returns:
       ``value`` plus the variable, where there is one.
 
+    Raises:
+      TypeError: JAX's, where ``value`` has another shape than at ``init`` (another batch size).
+
     Example::
 
       >>> import haiku as hk, jax, jax.numpy as jnp

@@ -33,6 +33,9 @@ def tangent_kernel(
     Returns:
       ``(B, B')``; for ``O`` outputs ``(B, B', O, O)``.
 
+    Raises:
+      TypeError, ValueError: As :func:`haiku_mlp.tangent_kernel`.
+
     Example::
 
       >>> import jax, jax.numpy as jnp
@@ -79,7 +82,13 @@ def kernel_plan(function: Callable[[Any, Any], jax.Array], params: Any, x: Any) 
     Args:
       function: As for :func:`tangent_kernel`.
       params: As for :func:`tangent_kernel`.
-      x: Inputs ``(B, ...)``, or a tree of them.
+      x: Inputs ``(B, ...)``, or a tree of them; shapes are enough.
+
+    Returns:
+      A tuple with the path, the route, the positions and the cost of each parameter in use.
+
+    Raises:
+      TypeError, ValueError: What ``function`` returns, as for :func:`tangent_kernel`.
 
     Example::
 

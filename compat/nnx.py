@@ -21,7 +21,7 @@ a native module or one from another model: ``model.block.linear_0 = nnx.Linear(.
 runs its own code; a native one takes no ``is_training`` but has a mode of its own.
 :func:`get_variables` and :func:`set_variables` lead to the trees of Linen and Haiku.
 
-Flax 0.11 is the lowest version, where ``nnx.capture`` and ``nnx.iter_modules`` do not exist yet.
+Flax 0.11 is the lowest version; ``nnx.capture`` and ``nnx.iter_modules`` came later.
 
 Example::
 
@@ -56,7 +56,7 @@ import haiku_mlp
 from haiku_mlp.arguments import check_is_of_its_call, size
 
 from . import flax_adapter, functions, wrapping
-from .mirror.attributes import Method, Source, abstract, find_layout
+from .mirror.attributes import Method, Source, abstract_call, find_layout
 from .mirror.copies import copied
 from .mirror.names import HaikuTree, Path, flatten, unflatten
 from .mirror.node_run import Run, put
@@ -89,7 +89,7 @@ class Face(Node):  # type: ignore[metaclass]
             raise TypeError(f"rngs must be nnx.Rngs, got {type(rngs).__name__}: give nnx.Rngs(0)")
         self._add_mode(function)
         kwargs = self._in_mode(function, example, {})
-        arguments = abstract(*example, **kwargs)
+        arguments = abstract_call(*example, **kwargs)
         layout = find_layout(face, method, arguments, reserved)
         given: dict[str, Any] = {"method": method, **kwargs}
         variables = face.lazy_init({"params": rngs.params()}, *example, **given)
@@ -103,7 +103,7 @@ class Face(Node):  # type: ignore[metaclass]
         for (collection, module_name, name), path in layout.values.items():
             array = trees[collection][module_name][name]
             setattr(self._at(path[:-1]), path[-1], _variable(_TYPES[collection], array))
-        if layout.draws:
+        if layout.draws and {"dropout", "default"} & {*rngs}:
             self.rngs = rngs.dropout.fork()
 
     def _at(self, path: Path) -> Any:
@@ -303,6 +303,12 @@ def get_variables(model: Face) -> dict[str, Any]:
     """Returns the variables of a model's Linen face, for ``compat.to_haiku`` for instance.
 
     Those of a submodule that has been replaced are not among them.
+
+    Args:
+      model: The model.
+
+    Returns:
+      ``{"params": ..., "state": ...}``, nested, without a collection that is empty.
 
     Example::
 

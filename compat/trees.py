@@ -117,7 +117,7 @@ def to_haiku(
     if not isinstance(variables, Mapping) or not variables.keys() <= {"params", "state"}:
         raise ValueError(
             "variables must be {'params': ..., 'state': ...} and no more, got "
-            f"{_SHORT.repr(variables)}"
+            f"{_SHORT.repr(variables)}: leave the rest out; a tree alone is {{'params': tree}}"
         )
     if netket is None:
         netket = _has_netket_names(variables.get("params", {}), root)
@@ -129,7 +129,9 @@ def to_haiku(
 def _flat(names: Names, collection: str, tree: Tree) -> HaikuTree:
     """Returns the Haiku tree of a collection, or raises if anything in it has no name there."""
     flat, left_out = flatten(names, collection, tree)
-    unknown = [*flat.get("", ()), *left_out]
+    # Haiku has a ~ only behind the name of a module, which was left out here.
+    of_root = [] if names.root else [name for name in flat if name.startswith("~/")]
+    unknown = [*flat.get("", ()), *of_root, *left_out]
     if unknown:
         raise ValueError(
             f"unknown key {unknown[0]!r} in {collection!r}: no name that compat gives; if the tree "

@@ -21,10 +21,10 @@ class Wrapped(Mirrored):
 
     __signature__: ClassVar[inspect.Signature]
     _haiku_class: ClassVar[type[hk.Module]]
-    # The names of its arguments, by the names that they have here.
-    _arguments: ClassVar[dict[str, str]]
-    # Its signature for Flax, which clones by keyword, *args too.
-    _changes: ClassVar[inspect.Signature]
+    # The names of its arguments in Haiku, by those that they have here: {"init_": "init"}.
+    _haiku_names: ClassVar[dict[str, str]]
+    # The signature with each argument by keyword, *args too, as Flax gives them in a clone.
+    _by_keyword: ClassVar[inspect.Signature]
 
     haiku_arguments: Given
     # Those of the arguments that are Flax modules: Flax looks for submodules in fields.
@@ -34,10 +34,10 @@ class Wrapped(Mirrored):
     def __init_subclass__(cls, haiku: type[hk.Module] | None = None, **kwargs: Any) -> None:
         if haiku is not None:
             cls._haiku_class = haiku
-            cls._arguments, cls.__signature__ = _signature(haiku)
-        # An argument that is annotated once more is no field.
+            cls._haiku_names, cls.__signature__ = _signature(haiku)
+        # The annotation of a Haiku argument, in a subclass, makes no field of it.
         annotations = inspect.get_annotations(cls)
-        cls.__annotations__ = {n: a for n, a in annotations.items() if n not in cls._arguments}
+        cls.__annotations__ = {n: a for n, a in annotations.items() if n not in cls._haiku_names}
         has_constructor = "__init__" in vars(cls)
         super().__init_subclass__(haiku=haiku, **kwargs)
         if not has_constructor:
@@ -48,13 +48,13 @@ class Wrapped(Mirrored):
         in_order = sorted(parameters, key=lambda p: p.kind)
         cls.__signature__ = inspect.Signature(in_order)
         by_keyword = [p.replace(kind=max(p.kind, p.KEYWORD_ONLY)) for p in in_order]
-        cls._changes = inspect.Signature(by_keyword)
+        cls._by_keyword = inspect.Signature(by_keyword)
 
     @nn.nowrap
     def __getattr__(self, name: str) -> Any:
-        if name in self._arguments:
+        if name in self._haiku_names:
             with contextlib.suppress(KeyError):  # which the constructor fills in
-                return self.haiku_arguments.value(self._arguments[name], self.flax_modules)
+                return self.haiku_arguments.value(self._haiku_names[name], self.flax_modules)
         return super().__getattr__(name)
 
     @nn.nowrap
@@ -129,6 +129,12 @@ def haiku_method(name: str) -> Callable[..., Any]:
 
     For the methods whose names Flax needs for itself.
 
+    Args:
+      name: The method's name in the Haiku class.
+
+    Returns:
+      A function for ``method=`` of ``init`` and ``apply``, which hands its arguments on.
+
     Example::
 
       >>> import haiku as hk, jax
@@ -175,11 +181,11 @@ def _constructor(cls: type[Wrapped], set_fields: Callable[..., None]) -> Callabl
         """Takes the arguments of the Haiku class; or from Flax the fields, and what changes."""
         given, modules = (kwargs.pop(name, None) for name in ("haiku_arguments", "flax_modules"))
         fields = _bound(cls, given is not None, *args, **kwargs)
-        changes = {name: fields.pop(name) for name in cls._arguments if name in fields}
+        changes = {name: fields.pop(name) for name in cls._haiku_names if name in fields}
         if given is None or changes:
             arguments = {} if given is None else given.arguments(modules)
             for argument, value in changes.items():
-                name, parameter = cls._arguments[argument], cls.__signature__.parameters[argument]
+                name, parameter = cls._haiku_names[argument], cls.__signature__.parameters[argument]
                 is_more = parameter.kind is parameter.VAR_KEYWORD
                 arguments[name] = {**arguments.get(name, {}), **value} if is_more else value
             given, modules = Given.split(cls._haiku_class, arguments)
@@ -190,13 +196,13 @@ def _constructor(cls: type[Wrapped], set_fields: Callable[..., None]) -> Callabl
 
 def _bound(cls: type[Wrapped], is_change: bool, /, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Returns arguments by the names that they have in Flax."""
-    signature = cls._changes if is_change else cls.__signature__
+    signature = cls._by_keyword if is_change else cls.__signature__
     # What is missing may be filled in by what wraps the constructor (gin).
     is_part = is_change or hasattr(cls._haiku_class.__init__, "__wrapped__")
     bind = signature.bind_partial if is_part else signature.bind
     try:
         for name in kwargs:
-            if cls._arguments.get(name + "_") == name != "parent":
+            if cls._haiku_names.get(name + "_") == name != "parent":
                 raise TypeError(f"{name!r} is Flax's own, give {name + '_'!r}")
         return bind(*args, **kwargs).arguments
     except TypeError as error:

@@ -104,7 +104,8 @@ def size(value: Any, name: str = "hidden_dims") -> int:
     except TypeError:
         number = 0
     if number < 1:
-        raise ValueError(f"{name} must be positive integers, got {value!r}: give for instance 8")
+        wanted = "positive integers" if name == "hidden_dims" else "a positive integer"
+        raise ValueError(f"{name} must be {wanted}, got {value!r}: give for instance 8")
     if number > _MAX_SIZE:
         raise ValueError(f"{name} must be at most {_MAX_SIZE}, got {value!r}")
     return number
@@ -133,7 +134,7 @@ class OtherCallError(TypeError):
 
 
 def is_of_its_call(cls: type, method: str, *, unwrapped: bool = False) -> bool:
-    """Returns whether the method of a class is of its ``__call__``, not of one that it overrides.
+    """Returns whether ``__call__`` is that of the class which has the method, not an override.
 
     Args:
       cls: The class.
@@ -154,8 +155,8 @@ def check_is_of_its_call(module: object, method: str) -> None:
     """Raises for what follows from the layers of a module that adds something of its own."""
     if not is_of_its_call(type(module), method, unwrapped=True):
         raise OtherCallError(
-            f"{type(module).__name__} has a __call__ of its own, of which the {method} that it "
-            f"inherits is not: give it one, which may use super().{method}(...)"
+            f"{type(module).__name__} overrides __call__ but inherits {method}, which follows the "
+            f"__call__ of the class above: override {method}, too (it may use super().{method})"
         )
 
 

@@ -117,13 +117,13 @@ def promote(
 
 
 def common_dtype(*arrays: Any) -> Any:
-    """Returns the inexact dtype to which arrays or dtypes are promoted.
+    """Returns the inexact dtype to which arrays or dtypes are promoted, apart from None.
 
     Promotion is what is asked for here, so it happens where a user forbids the silent one
     (``jax_numpy_dtype_promotion="strict"``).
     """
     with jax.numpy_dtype_promotion("standard"):
-        dtype = jnp.result_type(*arrays)
+        dtype = jnp.result_type(*(a for a in arrays if a is not None))
         return dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.promote_types(dtype, "float32")
 
 

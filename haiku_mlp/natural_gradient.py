@@ -86,7 +86,10 @@ def min_sr(
     matrix += damping.astype(dtype) * jnp.eye(matrix.shape[0], dtype=dtype)
     solution, smallest = semidefinite.solve(matrix, rhs.ravel(), rounding, damping)
     if is_concrete and smallest < -(eps**0.5) * jnp.max(jnp.abs(matrix)):
-        raise ValueError(f"kernel / B + damping has the negative eigenvalue {smallest}")
+        raise ValueError(
+            f"kernel / B + damping has the negative eigenvalue {smallest}, as no tangent kernel "
+            "has: give that of one batch with itself, or more damping"
+        )
     solution = solution.reshape(rhs.shape)
     return (_center(solution) if centered else solution) / num_samples
 

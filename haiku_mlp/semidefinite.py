@@ -25,8 +25,8 @@ def solve(
         than by rounding; the eigenvectors of such ones are left out too.
       rhs: ``(n,)``, of the same dtype.
       rounding: Size of the errors of the eigenvalues, a number.
-      bound: What no eigenvalue is below other than by rounding, a number: the damping.
-        Where that decides, the smallest eigenvalue is not looked for.
+      bound: A number below which no eigenvalue is, other than by rounding: the damping.  Where
+        it is above ``rounding`` the smallest eigenvalue is not looked for.
 
     Returns:
       The solution ``(n,)`` and the smallest eigenvalue, where the solution is Cholesky's an

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 
 
 def after(tree: Any, done: Any) -> Any:
-    """Returns the numbers of a tree, which a compiled program has once all of ``done`` is there.
+    """Returns the same tree, but a compiled program waits for all of ``done`` before it uses it.
 
-    A CPU runs at once what does not depend on each other.  Two decompositions of many matrices
-    (for determinants, ``solve``, ...) then wait for each other's threads, for ever if there are
-    few: a user's function that has one must not run twice at once.  The compiler drops
-    ``jax.lax.optimization_barrier`` before it looks for what may.
+    On a CPU XLA runs the independent parts of a program at the same time.  Two decompositions of
+    many matrices (for determinants, ``solve``, ...) then wait for each other's threads, for ever if
+    there are few: a user's function that has one must not run twice at once.  Zero times an entry
+    of ``done`` is subtracted: the compiler drops ``jax.lax.optimization_barrier`` too early.
     """
     arrays = [array for array in jax.tree.leaves(done) if array.size > 0]
     is_compiled = any(isinstance(array, jax.core.Tracer) for array in arrays)

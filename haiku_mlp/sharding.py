@@ -89,7 +89,7 @@ def partition_specs(
 
 
 def is_explicit(a: jax.Array) -> bool:
-    """Returns whether an array is spread over a mesh of which JAX asks where each result goes."""
+    """Returns whether an array is on a mesh with Explicit axes, where results need a sharding."""
     return AxisType.Explicit in jax.typeof(a).sharding.mesh.axis_types
 
 

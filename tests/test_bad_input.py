@@ -246,6 +246,11 @@ WRAPPED = {
         TypeError,
         "takes a function, an hk.Transformed",
     ),
+    "a class, not a function": (
+        lambda: compat.HaikuFunction(hk.Linear),
+        TypeError,
+        r"got the class Linear: give compat.wrap\(Linear\)",
+    ),
     "missing field": (lambda: compat.wrap(hk.Linear)(), TypeError, "'output_size'"),
     "unknown field": (lambda: compat.wrap(hk.Linear)(3, units=4), TypeError, "'units'"),
     "missing parameter": (
@@ -390,7 +395,7 @@ ARGUMENTS = {"connected": (X, np.zeros((2, 1, 1), int), np.ones((2, 1, 1))), "la
 @pytest.mark.parametrize("package", [haiku_mlp, haiku_mlp.blocks, compat, compat.blocks])
 def test_methods_of_another_call(package, method):
     cls = changed(package.MLP)
-    message = f"Changed has a __call__ of its own, of which the {method}"
+    message = f"Changed overrides __call__ but inherits {method}"
     if issubclass(cls, hk.Module):
         net = hk.transform(lambda *args: getattr(cls(hidden_dims=(3,)), method)(*args))
         with pytest.raises(TypeError, match=message):
@@ -429,7 +434,7 @@ def test_methods_that_know_no_flax_modules(package, method, activation):
 @pytest.mark.parametrize("method", [*ARGUMENTS, "tangent_kernel"])
 def test_nnx_methods_of_another_call(method):
     model = changed(compat_nnx.MLP)(4, hidden_dims=(3,), rngs=nnx.Rngs(0))
-    with pytest.raises(TypeError, match=f"which may use super\\(\\).{method}"):
+    with pytest.raises(TypeError, match=f"it may use super\\(\\).{method}"):
         getattr(model, method)(*ARGUMENTS.get(method, (X,)))
 
 

@@ -315,6 +315,34 @@ def test_lazy_init_of_an_input_that_no_memory_holds():
     assert_identical(*(outcome(lambda m: m.lazy_init(KEY, x), cls(**F)) for cls in FACES["MLP"]))
 
 
+TRANSFORMS = [
+    lambda f, x: jax.jvp(f, (x,), (jnp.ones_like(x),))[0],
+    pytest.param(lambda f, x: jax.vjp(f, x)[0], marks=pytest.mark.slow),
+    pytest.param(lambda f, x: jax.vmap(f)(x), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("cls", [compat.MLP, type("Subclass", (compat.MLP,), {})])
+@pytest.mark.parametrize("name", ["MLP_0", "Dense_0"])
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=["jvp", "vjp", "vmap"])
+def test_an_interceptor_transforms_a_call(cls, name, transform):
+    """The initial values inside have the same keys, and calls inside of it are seen."""
+
+    def calls(model):
+        seen = []
+
+        def interceptor(next_fun, args, kwargs, context):
+            seen.append(context.module.path)
+            if context.module.name == name:
+                return transform(next_fun, args[0])
+            return next_fun(*args, **kwargs)
+
+        with nn.intercept_methods(interceptor):
+            return model.init(KEY, X), model.apply(V, X), seen
+
+    assert_identical(calls(cls(**F)), calls(nk.models.MLP(**F)))
+
+
 TREES = ("init", "init_with_output", "apply: mutable True", "bind: variables")
 
 

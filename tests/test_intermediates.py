@@ -169,6 +169,38 @@ def test_the_variables_belong_to_the_module_that_runs():
     assert_identical(grads, {"y": zeros + 2, "inner": {"y": zeros + 2}})
 
 
+class Scaled(hk.Module):
+    """Looks at values before its constructor returns."""
+
+    def __init__(self, name=None):
+        super().__init__(name=name)
+        scale = hk.get_parameter("scale", (), init=jnp.ones)
+        self.scale = compat.perturb("square", scale**2)
+        compat.sow("seen", "scale", scale)
+
+    def __call__(self, x):
+        return self.scale * x
+
+
+@pytest.mark.parametrize(
+    ("model", "level"),
+    [
+        (compat.wrap(Scaled)(), lambda values: values),
+        (compat.HaikuFunction(lambda x: Scaled()(x)), lambda values: {"scaled": values}),
+    ],
+    ids=["wrap", "HaikuFunction"],
+)
+def test_in_a_constructor(model, level):
+    x, one, zero = jnp.ones(3), jnp.ones((), "float32"), jnp.zeros((), "float32")
+    seen = {"seen": level({"scale": (one,)})}
+    variables = model.init(KEY, x)
+    values = {"params": level({"scale": one}), "perturbations": level({"square": zero})}
+    assert_identical(variables, {**values, **seen})
+    assert_identical(model.apply(values, x, mutable=["seen"])[1], seen)
+    grads = jax.grad(lambda v: model.apply(v, x).sum())(values)
+    assert_identical(grads["perturbations"], level({"square": 3 * one}))
+
+
 def transformed(kind):
     def body(x):
         compat.sow("seen", "x", x)

@@ -106,6 +106,7 @@ class Changed(OfHaiku):
 SPACE = nkx.hilbert.Particle(N=2, geometry=nkx.geometry.FreeSpace(d=2))
 MODELS = {
     "mlp": compat.MLP(hidden_dims=(5, 3), hidden_activations=jnp.tanh),
+    "real output": compat.MLP((5,), param_dtype=complex, output_activation=jnp.real),
     "waves": WithFeatures(waves),
     "products": WithFeatures(products),
     "equal masses": EqualMasses(hidden_dims=(5,), hidden_activations=jnp.tanh),
@@ -141,6 +142,7 @@ MASSES = {"equal": 2.0, "unequal": [1.0, 2.0, -3.0, 4.0]}
 
 def assert_same(state, ours, stock):
     (energy, gradient), (expected, expected_gradient) = map(state.expect_and_grad, (ours, stock))
+    assert energy.mean.dtype == expected.mean.dtype
     np.testing.assert_allclose(energy.mean, expected.mean, rtol=1e-10)
     np.testing.assert_allclose(energy.variance, expected.variance, rtol=1e-10)
     for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
@@ -152,6 +154,7 @@ def assert_same(state, ours, stock):
     first(
         {
             ("waves", "unequal"),
+            ("real output", "unequal"),
             ("of batches", "equal"),
             ("subclass", "equal"),
             ("of a graph", "equal"),

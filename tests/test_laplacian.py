@@ -121,6 +121,20 @@ def test_complex_weights_and_features():
     assert_same(layers, x, features=lambda x: jnp.exp(1j * x))
 
 
+@pytest.mark.parametrize(
+    ("features", "num_features"),
+    [(None, 4), (lambda x: jnp.append(x, x), 8), (lambda x: jnp.append(x, x.sum()), 5)],
+    ids=["inputs", "single inputs", "sums"],
+)
+@pytest.mark.parametrize("with_weights", cases.first({True}, [False, True]))
+def test_a_real_network_behind_complex_weights(features, num_features, with_weights):
+    """Weights of the inputs make nothing complex."""
+    first, _ = network(num_features, 3, 2, activation=lambda z: jnp.abs(z) ** 2, dtype=complex)
+    weights = WEIGHTS[:4] if with_weights else None
+    layers = (first, *network(3, 2, 1))
+    assert_same(layers, inputs(4), features=features, weights=weights)
+
+
 def test_no_division_by_units_that_are_dead():
     first, *rest = network(7, 3, 4, 1)
     x = inputs(7)

@@ -689,6 +689,34 @@ def test_a_model_without_a_stream_says_so():
     assert (model(X, rngs=nnx.Rngs(0)) != X).any()
 
 
+def optional_dropout(x):
+    key = hk.maybe_next_rng_key()
+    return x if key is None else hk.dropout(key, 0.5, x)
+
+
+def own_use_of_the_key(x):
+    first, _ = jax.random.split(hk.maybe_next_rng_key())
+    return x + jax.random.normal(first, x.shape)
+
+
+@pytest.mark.parametrize("function", [optional_dropout, own_use_of_the_key])
+def test_code_that_may_do_without_a_key_gets_one(function):
+    """With streams for values and calls, or one for both."""
+    for streams in ({"params": 0, "dropout": 1}, {"default": 0}):
+        model = compat_nnx.HaikuFunction(function, example=(X,), rngs=nnx.Rngs(**streams))
+        key = nnx.clone(model.rngs)()
+        expected = hk.transform(function).apply({}, key, X)
+        assert_identical(model(X), expected)
+        assert (expected != X).any()
+
+
+def test_a_model_may_have_no_stream():
+    model = compat_nnx.HaikuFunction(optional_dropout, example=(X,), rngs=nnx.Rngs(params=0))
+    assert (model(X) == X).all()
+    model = compat_nnx.HaikuFunction(own_use_of_the_key, example=(X,), rngs=nnx.Rngs(params=0))
+    assert_identical(model(X, rngs=KEY), hk.transform(own_use_of_the_key).apply({}, KEY, X))
+
+
 @pytest.mark.parametrize("make", [make_mlp, make_net])
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, nnx.clone, lambda model: pickle.loads(pickle.dumps(model))]

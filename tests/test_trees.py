@@ -119,6 +119,8 @@ def test_names(params, state, root, variables):
 
 parts = st.sampled_from(["~", "a", "b", "net", "~call", "MLP_0", "Dense_0", "linear_0", "mlp"])
 module_names = st.lists(parts, min_size=1, max_size=4).map("/".join)
+# Haiku has a ~ behind the name of a module alone.
+module_names = module_names.filter(lambda name: not name.startswith("~/"))
 value_names = st.sampled_from(
     ["w", "b", "a", "~", "a~", "w~~", "a/b", "kernel", "net", "/a", "params"]
 )
@@ -219,6 +221,10 @@ BAD = {
         "and no more, got {'MLP_0': {'Dense_0': {...}}}",
     ),
     "no variables": (lambda: compat.to_haiku(({}, {})), r"and no more, got \({}, {}\)"),
+    "a module's own tree": (
+        lambda: compat.to_haiku({"params": {"~/linear_0": {"w": 1}}}),
+        "unknown key '~/linear_0' in 'params'.* as root",
+    ),
     "a block": (lambda: compat.to_haiku(NETKET), "'Dense_0' may be .* Haiku name as root"),
     "a block under a name": (lambda: compat.to_haiku(NETKET, root="a"), "'Dense_0' may be"),
     "an MLP under a name": (lambda: compat.to_haiku(VARIABLES, root="nope"), "'MLP_0' may be"),

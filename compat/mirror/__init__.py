@@ -1,1 +1,1 @@
-"""The mechanism: runs Haiku code on the values and keys of a Flax scope, in sight of Flax."""
+"""Runs Haiku code on values that Flax holds, a Linen scope or NNX modules, in sight of Flax."""

@@ -14,10 +14,11 @@ from .calls import Call, Calls
 from .copies import snapshot
 from .names import Names, Path
 from .rows import Mirrored
-from .run import NameScope, is_missing_key
+from .run import NameScope, haiku_key
 
 Method = str | Callable[..., Any]
-Arguments = tuple[Any, ...]
+# The tree structure of (args, kwargs) and its leaves, arrays as jax.ShapeDtypeStruct.
+AbstractCall = tuple[Any, ...]
 Reserved = Callable[[type[hk.Module]], Collection[str]]
 
 
@@ -29,7 +30,7 @@ class Layout:
       modules: Path of each Haiku module, by its name; ``~`` is outside of any.
       classes: Haiku class at each path, the levels above first.
       values: Path of each value, by collection, module name and name, in Haiku's order.
-      draws: Whether a call draws random keys.
+      draws: Whether a call uses a random key, if only to hand it on (``hk.scan``).
     """
 
     modules: dict[str, Path]
@@ -47,13 +48,13 @@ class Source:
     Attributes:
       face: The Linen face.
       method: A method of it, or a function of the face.
-      arguments: The arguments of a call, from ``abstract``.
+      arguments: The arguments of a call, from ``abstract_call``.
       layout: What that call makes.
     """
 
     face: Mirrored
     method: Method
-    arguments: Arguments
+    arguments: AbstractCall
     layout: Layout = dataclasses.field(compare=False, repr=False)
 
     def haiku(self, path: Path) -> Any:
@@ -73,7 +74,7 @@ class Source:
         return self
 
 
-def abstract(*args: Any, **kwargs: Any) -> Arguments:
+def abstract_call(*args: Any, **kwargs: Any) -> AbstractCall:
     """Returns the arguments of a call without the entries of their arrays, hashable."""
     leaves, treedef = jax.tree.flatten((args, kwargs))
     return treedef, *(
@@ -82,7 +83,9 @@ def abstract(*args: Any, **kwargs: Any) -> Arguments:
     )
 
 
-def find_layout(face: Mirrored, method: Method, arguments: Arguments, reserved: Reserved) -> Layout:
+def find_layout(
+    face: Mirrored, method: Method, arguments: AbstractCall, reserved: Reserved
+) -> Layout:
     """Returns the layout of a Flax face, as a call of its Haiku code gives it.
 
     Attributes have Haiku's names without a leading ``~``; those that are reserved, or taken
@@ -141,12 +144,12 @@ class _Trace:
     Attributes:
       params, state: What it makes.
       classes: The classes of the modules, by name.
-      draws: Whether it draws random keys after the initial values.
+      draws: Whether a call with these values uses a random key.
       found: The wanted module as it is before its first call, if it can run by itself.
     """
 
     def __init__(
-        self, face: Mirrored, method: Method, arguments: Arguments, wanted: Collection[str] = ()
+        self, face: Mirrored, method: Method, arguments: AbstractCall, wanted: Collection[str] = ()
     ):
         self.classes: dict[str, type[hk.Module]] = {}
         self.draws = False
@@ -156,6 +159,7 @@ class _Trace:
 
         def call(*args: Any, **kwargs: Any) -> None:
             self.calls = Calls()
+            first = haiku_key()
             with self.calls.watched(self), hk.custom_creator(_unboxed):
                 haiku = face._haiku()
                 if callable(method):
@@ -163,6 +167,7 @@ class _Trace:
                 else:
                     getattr(haiku, method)(*args, **kwargs)
             self.classes.update(self.calls.classes)
+            self.draws = haiku_key() is not first
 
         def run(arrays: list[jax.Array]) -> tuple[Any, Any]:
             given = iter(arrays)
@@ -170,13 +175,9 @@ class _Trace:
                 next(given) if _is_abstract(leaf) else leaf for leaf in leaves
             )
             net = hk.transform_with_state(call)
-            params, state = net.init(jax.random.key(0), *args, **kwargs)
-            try:
-                net.apply(params, state, None, *args, **kwargs)
-            except ValueError as error:
-                if not is_missing_key(error):
-                    raise
-                self.draws = True
+            key = jax.random.key(0)
+            params, state = net.init(key, *args, **kwargs)
+            net.apply(params, state, key, *args, **kwargs)
             return params, state
 
         self.params, self.state = jax.eval_shape(run, list(filter(_is_abstract, leaves)))

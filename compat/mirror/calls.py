@@ -34,25 +34,31 @@ class Place:
     def __init__(self) -> None:
         self._trace = tracers.current_trace()
         self._context: object = haiku_context()
-        self._left: object = None
+        self._next: object = None
 
     @contextlib.contextmanager
-    def left(self) -> Iterator[Callable[[], None]]:
-        """Returns a context in which nothing is in this place.
+    def handed_over(self) -> Iterator[Callable[[], None]]:
+        """Hands this place over to the transform that starts next after a call of ``take_over``.
 
-        Once the function that it yields has been called, the next transform to start is.
+        The context yields ``take_over``.  Before its call no code is in this place: the ``init``
+        of a pair of functions is not watched, its ``apply`` is.
         """
         context, self._context = self._context, None
         try:
-            yield functools.partial(setattr, self, "_left", context)
+            yield functools.partial(setattr, self, "_next", context)
         finally:
-            self._context, self._left = context, None
+            self._context, self._next = context, None
+
+    def move(self, trace: object = None) -> object:
+        """Moves to a trace, that which runs now if None, and returns the one before."""
+        before, self._trace = self._trace, trace or tracers.current_trace()
+        return before
 
     def is_same_transform(self) -> bool:
         """Returns whether this transform runs now; it gives the modules their names."""
         context = haiku_context()
-        if self._left is not None and context is not self._left:
-            self._context, self._left = context, None
+        if self._next is not None and context is not self._next:
+            self._context, self._next = context, None
         return context is self._context
 
     def is_here(self) -> bool:
@@ -106,7 +112,7 @@ class Calls:
             yield place
 
     def unsent(self, module: hk.Module, method: str) -> Call:
-        """Returns a method of which the next call is not sent; those inside of it are."""
+        """Returns a method whose next call goes to Haiku directly; those that it makes are sent."""
         if self._is_sending:
             self._passing = id(module), method
         return getattr(module, method)
@@ -135,7 +141,11 @@ class Calls:
 
         def go_on(*args: Any, **kwargs: Any) -> Any:
             attempt = next(attempts, None) or self.unsent(module, method)
-            output = attempt(*args, **kwargs)
+            before = place.move()  # an interceptor may take derivatives, or map
+            try:
+                output = attempt(*args, **kwargs)
+            finally:
+                place.move(before)
             # Haiku casts outside of this call; what is seen of it should have its final dtype.
             policy = hk.mixed_precision.get_policy(type(module))
             return output if policy is None else policy.cast_to_output(output)

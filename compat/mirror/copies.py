@@ -43,7 +43,7 @@ _OF_ITERATORS = "builtins", "itertools", "_collections", "collections"
 
 
 def copied(value: Any, replace: Callable[[Any], Any]) -> Any:
-    """Copies what Flax looks for modules in, ``replace`` done to all else in it."""
+    """Copies the containers in which Flax looks for modules, with ``replace`` of all else."""
     if type(value) in (list, tuple, set):
         return type(value)(copied(entry, replace) for entry in value)
     if isinstance(value, tuple) and hasattr(value, "_make"):  # a named one

@@ -101,10 +101,10 @@ def unflatten(names: Names, collection: str, tree: Mapping[str, Tree]) -> dict[s
 def flatten(names: Names, collection: str, tree: Tree) -> tuple[HaikuTree, list[str]]:
     """Returns the flat Haiku tree of a nested Flax tree, and the paths of what is left out.
 
-    The inverse of ``unflatten``: what that would have named otherwise is no value of Haiku's.  Nor
-    is None at a name that the value had before, when it was a mapping, or was none.  Only the cut
-    of a module's name into levels is free, as in ``haiku.experimental.flax``, where ``~`` is a
-    level.
+    The inverse of ``unflatten``.  Left out is a key that ``unflatten`` does not give.  A None is no
+    value where it marks the other name of one that has become a mapping, or is none any more.  How
+    a module's name is cut into levels does not matter: in ``haiku.experimental.flax`` a ``~`` is a
+    level of its own.
     """
     flat: HaikuTree = {}
     left_out: list[str] = []
@@ -146,7 +146,7 @@ def _is_value(key: str, value: Any) -> bool:
 
 
 def _is_gone(key: str, level: Tree) -> bool:
-    """Returns whether None stands there since the value has its other name, with or without ~."""
+    """Returns whether this is a None left behind: the value is at its other name, with ~ or not."""
     if level[key] is not None:
         return False
     if key.endswith("~"):

@@ -102,7 +102,8 @@ class Run:
             elif is_missing_key(error):
                 error.add_note(
                     "The model has no stream: construct it with an example in which it draws "
-                    "(is_training=True), or give rngs=nnx.Rngs(...) to the call."
+                    "(is_training=True) and rngs that have one, nnx.Rngs(0) or nnx.Rngs(params=0, "
+                    "dropout=1); or give rngs=nnx.Rngs(...) to the call."
                 )
             raise
         self._check_replaced(self.calls.classes.keys() - self._sent)

@@ -85,9 +85,8 @@ class Node(StandIn, metaclass=NodeClass):
         if arrive is not None:
             return arrive(*args, **kwargs)
         function = self._function(method)
-        given = None
-        if "rngs" in kwargs.keys() - inspect.signature(function).parameters.keys():
-            given = kwargs.pop("rngs")
+        is_of_haiku = "rngs" in inspect.signature(function).parameters
+        given = None if is_of_haiku else kwargs.pop("rngs", None)
         stream = _stream(getattr(self, "rngs", None) if given is None else given)
         kwargs = self._in_mode(function, args, kwargs)
         run = Run(self)

@@ -46,9 +46,11 @@ class Host(nn.Module):
         raise NotImplementedError
 
     @nn.nowrap
-    def _is_closed(self) -> bool:
-        """Returns whether it is known that nobody but the module's own layers makes modules here,
-        or draws a key, apart from the initializers that get theirs from the scope.
+    def _runs_own_layers_only(self) -> bool:
+        """Returns whether no code of a user's can make modules here, or draw random keys.
+
+        Flax has nothing to name then, and calls need not go through it where it does not look.
+        JAX's initializers do draw, but from keys of the Flax scope.
         """
         return False
 
@@ -74,9 +76,9 @@ class Run:
         self._scope = host.scope
         self._names = host._names()
         self._is_seen = is_flax_looking()
-        self._is_closed = host._is_closed()
+        self._own_layers_only = host._runs_own_layers_only()
         # Where Flax sees no call, and names nothing, its names are known.
-        self._compact = host._compact and (self._is_seen or not self._is_closed)
+        self._compact = host._compact and (self._is_seen or not self._own_layers_only)
         self.calls = Calls(is_sending=self._is_seen or self._compact)
         self._parenthood = contextlib.nullcontext if self._compact else no_flax_parent
         self._values = Values(self._scope, self._names, load=not self._compact)
@@ -104,7 +106,7 @@ class Run:
                 self._show_hidden()
 
         try:
-            key = None if is_creating and self._is_closed else self._key(streams)
+            key = None if is_creating and self._own_layers_only else self._key(streams)
             if is_creating:
                 transformed.init(key, body)
             else:
@@ -113,13 +115,12 @@ class Run:
             if not is_missing_key(error):
                 raise
             name = self._host.name or type(self._host).__name__
-            is_to_make = self._scope.is_mutable_collection("params")
-            needed = '"params"' if is_to_make else '"apply" or "dropout"'
-            given = "params" if is_to_make else "dropout"
-            raise errors.InvalidRngError(
-                f"{name} needs PRNG for {needed}: give rngs={{{given!r}: key}} "
-                "(which a pair of hk.without_apply_rng never gets)"
-            ) from error
+            can_create = self._scope.is_mutable_collection("params")
+            needed = '"params"' if can_create else '"apply" or "dropout"'
+            remedy = f"give rngs={{{'params' if can_create else 'dropout'!r}: key}}"
+            if self._stream is not None:
+                remedy = "there is a key, but Haiku code does not hand it on (hk.without_apply_rng)"
+            raise errors.InvalidRngError(f"{name} needs PRNG for {needed}: {remedy}") from error
         return outputs[0]
 
     def send(self, module: hk.Module, method: str, go_on: Call) -> Call:
@@ -135,12 +136,13 @@ class Run:
 
     def module(self, module_name: str) -> nn.Module:
         """Returns the Flax module at the scope of a Haiku module (the host's for ``~``)."""
-        if module_name == "~":
+        path = self._names.path(module_name)
+        if module_name == "~" or not path:  # the host's module may be under construction
             return self._host
         if module_name in self._rows:
             return self._rows[module_name][1]
         self._values.scope(module_name)
-        return self._stand_in(self._names.path(module_name))
+        return self._stand_in(path)
 
     def again(self, row: nn.Module, method: str) -> Call | None:
         """Returns the Haiku method of the module that ``row`` stands for, if it is of this run.
@@ -168,7 +170,7 @@ class Run:
         return row
 
     def _stand_in(self, path: Path) -> Any:
-        """Returns the Flax module of a level of which Flax sees no call."""
+        """Returns the Flax module of a Haiku module whose calls Flax sees none of (``hk.scan``)."""
         classes = {self._names.path(name): hk_cls for name, hk_cls in self.calls.classes.items()}
         return self._host._row(classes.get(path, NameScope), self._values.scopes[path], path[-1])
 

@@ -125,7 +125,7 @@ class Values:
         return _get(scope, "params", name) if hk.running_init() else hk.DO_NOT_STORE
 
     def _opened(self, value: Any, context: hk.GetterContext) -> Any:
-        """Returns a value without its box, into which ``keep`` puts what comes of it."""
+        """Returns a value without its box, and notes that: ``keep`` puts its last one in there."""
         opened = meta.unbox(value)
         if isinstance(value, meta.AxisMetadata):
             self._boxes[_haiku_names(context)] = value.replace_boxed(None), opened.shape

@@ -94,7 +94,7 @@ class KineticEnergy(nk.operator.KineticEnergy):
         weights = 1 / self.mass
         options = {"weights": jnp.broadcast_to(weights, x.shape[-1:])} if self.mass.ndim else {}
         laplacian = getattr(model, "laplacian", None)
-        # A lift may change what the call computes, and that alone: nn.map_variables.
+        # Lifts wrap the call alone: of nn.map_variables the laplacian is another function's.
         classes = type(model), getattr(model, "_haiku_class", type(model))  # of compat.wrap
         if laplacian is None or not all(is_of_its_call(cls, "laplacian") for cls in classes):
             raise _NoLaplacianError

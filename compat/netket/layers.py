@@ -58,7 +58,7 @@ def bits(network: tuple[Layer, ...], x: jax.Array) -> int:
 
 
 def is_cpu() -> bool:
-    """Returns whether it is arithmetic that takes the time, and not the start of each operation."""
+    """Returns whether programs run on a CPU, where arithmetic, not starting kernels, takes time."""
     return jax.default_backend() == "cpu"
 
 

@@ -46,7 +46,7 @@ def natural_gradient(
     Args:
       state: A state of any model, the logarithm of the wave function.
       hamiltonian: The operator whose expectation value is minimised.
-      diag_shift: :math:`\lambda`, not negative.
+      diag_shift: :math:`\lambda`, not negative (which is not checked).
       mode: ``"real"``: the real part of the logarithm and of the local energies.
         ``"complex"``: real and imaginary part as two real outputs, right for every
         network.  ``"holomorphic"``: the same step in less time, if the output is a
@@ -178,9 +178,15 @@ def _is_linearized(network: Any, samples: Any, mode: str) -> bool:
 def check_state(state: Any, hamiltonian: Any) -> None:
     """Raises a TypeError unless there is a step of this state for this operator."""
     if not isinstance(state, nk.vqs.MCState):
-        raise TypeError(f"the state must be a netket.vqs.MCState, got a {type(state).__name__}")
+        raise TypeError(
+            f"the state must be a netket.vqs.MCState, got a {type(state).__name__}: give "
+            "nk.vqs.MCState(sampler, model)"
+        )
     if not isinstance(hamiltonian, nk.operator.AbstractOperator):
-        raise TypeError(f"the hamiltonian must be an operator, got a {type(hamiltonian).__name__}")
+        raise TypeError(
+            f"the hamiltonian must be an operator, got a {type(hamiltonian).__name__}: give for "
+            "instance nk.operator.Ising(...)"
+        )
     if state.hilbert != hamiltonian.hilbert:
         raise TypeError(
             f"the state is of {state.hilbert}, the operator of {hamiltonian.hilbert}: give both "

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from haiku_mlp.structure import Layer, changes, forward
+from haiku_mlp.structure.layers import with_weights
 
 from .proposals import Move, Proposals
 
@@ -39,9 +40,7 @@ def sweep_of(network: tuple[Layer, ...], moves: Proposals, *, screened: bool) ->
         draws: Any,
         uniforms: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        full = tuple(
-            layer._replace(w=w, b=b) for layer, (w, b) in zip(network, weights, strict=True)
-        )
+        full = with_weights(network, weights)
         first, *rest = map(_single, full) if screened else full
 
         def affine(σ: jax.Array) -> jax.Array:

@@ -88,7 +88,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     needed = ["masstable", "tqdm", *(["matplotlib"] if options.plot else [])]
     missing = [name for name in needed if not _is_installed(name)]
     if missing:
-        parser.error(f"{', '.join(missing)} not installed: pip install 'haiku-mlp[demo]'")
+        parser.error(f"{', '.join(missing)} not installed: pip install {' '.join(missing)}")
     return options
 
 

@@ -9,7 +9,7 @@ from jax import lax
 from haiku_mlp.linear import promoted
 from haiku_mlp.sharding import is_explicit
 from haiku_mlp.structure import changes
-from haiku_mlp.structure.layers import Layer, forward, map_samples
+from haiku_mlp.structure.layers import Layer, forward, map_samples, with_weights
 
 # Numbers of changed entries for which there is a loop of its own, each a program to compile.
 _NUMBERS = (1, 2, 4)
@@ -59,15 +59,14 @@ def at_configurations(
     # Loops whose lengths depend on the data have no reverse mode of their own.
     @jax.custom_jvp
     def outputs(weights: list, x: jax.Array, y: jax.Array) -> jax.Array:
-        return _outputs(with_weights(weights), x, y, block_size)
+        return _outputs(with_weights(layers, weights), x, y, block_size)
 
     @outputs.defjvp
     def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-        return jax.jvp(lambda weights, _, y: forward(with_weights(weights), y), primals, tangents)
+        def at_y(weights: list, _: jax.Array, y: jax.Array) -> jax.Array:
+            return forward(with_weights(layers, weights), y)
 
-    def with_weights(weights: list) -> tuple[Layer, ...]:
-        pairs = zip(layers, weights, strict=True)
-        return tuple(layer._replace(w=w, b=b) for layer, (w, b) in pairs)
+        return jax.jvp(at_y, primals, tangents)
 
     with jax.numpy_dtype_promotion("standard"):  # of weights and configurations, as elsewhere
         return outputs([(layer.w, layer.b) for layer in layers], x, y)

@@ -76,7 +76,7 @@ def _connected(
 ) -> jax.Array:
     """Returns ``(K, O)`` for one input ``(N,)``."""
     first, *rest = layers
-    dtype = common_dtype(x, values, *(a for a in (first.w, first.b) if a is not None))
+    dtype = common_dtype(x, values, first.w, first.b)
     left = _left_over(x, sites).astype(dtype)
     # Integers overflow where a difference does not fit: int8 spins, unsigned occupations.
     x, values, w = _finite(x).astype(dtype), values.astype(dtype), first.w.astype(dtype)

@@ -26,8 +26,9 @@ def contract(
 ) -> jax.Array:
     """Returns the sum of products of derivatives, ``(B, O, B', O)``.
 
-    With ``means`` that of products of their differences from the derivatives which factors
-    equal to the means give: small numbers, exactly, where the derivatives hardly vary.
+    With ``means``, those of the derivatives less ``mean(h) mean(d)``, the same for all samples.
+    Rows and columns hold the differences of the factors from their means, so that no large numbers
+    are subtracted from each other where the derivatives hardly vary.
 
     Args:
       network: The network.
@@ -128,6 +129,12 @@ def transposed(kernel: jax.Array) -> jax.Array:
     """Returns the kernel of the columns with the rows, ``(B', O, B, O)`` or ``(B', B)``."""
     half = kernel.ndim // 2
     return jnp.transpose(kernel, (*range(half, kernel.ndim), *range(half)))
+
+
+def equal_parts(size: int, number: int) -> list[slice]:
+    """Returns ``range(size)`` in parts of equal length, give or take one."""
+    ends = [size * i // number for i in range(number + 1)]
+    return list(itertools.starmap(slice, itertools.pairwise(ends)))
 
 
 def of_blocks(block: Callable[[int, int], jax.Array], number: int) -> jax.Array:

@@ -28,7 +28,7 @@ Owners = np.ndarray | None
 
 
 def owners(function: Callable[[jax.Array], jax.Array], x: Any) -> np.ndarray:
-    """Returns for each entry of ``function(x)`` the entry of ``x`` by which it has a derivative.
+    """Returns for each entry of ``function(x)`` the one entry of ``x`` that it depends on.
 
     Read off the program of the derivative, and so for all values of ``x`` at once.
 
@@ -37,9 +37,9 @@ def owners(function: Callable[[jax.Array], jax.Array], x: Any) -> np.ndarray:
       x: The array, or its shape and dtype.
 
     Returns:
-      Integers like ``function(x)``: a flat index into ``x``, ``NONE`` without derivatives,
-      ``SEVERAL`` where they are by more than one or by what cannot be told (sums, products
-      of matrices).
+      Integers like ``function(x)``: a flat index into ``x``; ``NONE`` where the derivatives are
+      zero; ``SEVERAL`` where there is more than one entry, or it cannot be told (sums, products of
+      matrices).
 
     Example::
 

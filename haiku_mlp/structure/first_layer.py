@@ -37,9 +37,10 @@ class Inputs:
 
 
 class _FewUnits(Inputs):
-    """The same for more inputs than units: derivatives are by the units, of which None is one.
+    """The same for more inputs than units.
 
-    What is summed over the inputs needs ``w^T w`` alone.
+    Jacobians are by the first layer's units in place of the inputs, and None stands for the
+    identity.  Sums over the inputs need ``w^T w`` alone.
     """
 
     def __init__(self, layer: Layer, weights: jax.Array | None):
@@ -106,13 +107,13 @@ def first_layer(
     """Returns where the derivatives of the layers at one input ``x (N,)`` begin."""
     layer = layers[0]
     if weights is not None:
-        weights = jnp.asarray(weights, common_dtype(x.dtype, layer.w))
+        weights = jnp.asarray(weights, common_dtype(x.dtype, layer.w.real.dtype))
     if features is not None:
         found = owners(features, x)
         if (found == SEVERAL).any():
             return _OfFeatures(layer, weights, features)
         return _OfSingleInputs(layer, weights, features, found)
-    dtype = common_dtype(x, *(a for a in (layer.w, layer.b) if a is not None))
+    dtype = common_dtype(x, layer.w, layer.b)
     layer = layer._replace(w=layer.w.astype(dtype))
     return (_FewUnits if _is_fewer_units(layers) else Inputs)(layer, weights)
 

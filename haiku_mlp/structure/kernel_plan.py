@@ -45,6 +45,12 @@ def kernel_plan(function: Callable[[Any, Any], jax.Array], params: Any, x: Any) 
       params: The parameters, a tree; shapes are enough.
       x: Inputs ``(B, ...)``, or a tree of them; shapes are enough.
 
+    Returns:
+      A tuple with a :class:`Route` for each parameter that the function uses.
+
+    Raises:
+      TypeError, ValueError: What ``function`` returns, as for :func:`tangent_kernel`.
+
     Example::
 
       >>> import haiku as hk, jax, jax.numpy as jnp

@@ -41,6 +41,12 @@ class Layer(NamedTuple):
         return self.activation(z) if callable(self.activation) else z
 
 
+def with_weights(layers: tuple[Layer, ...], weights: list[tuple[Any, Any]]) -> tuple[Layer, ...]:
+    """Returns the layers with other ``(w, b)``."""
+    pairs = zip(layers, weights, strict=True)
+    return tuple(layer._replace(w=w, b=b) for layer, (w, b) in pairs)
+
+
 def forward(layers: tuple[Layer, ...], x: jax.Array) -> jax.Array:
     """Returns the outputs ``(..., O)`` for inputs ``(..., N)``."""
     for layer in layers:

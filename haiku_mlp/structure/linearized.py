@@ -10,7 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from haiku_mlp.linear import promote
-from haiku_mlp.structure.contraction import centered_kernel, is_coarse, of_blocks, without_means
+from haiku_mlp.structure.contraction import (
+    centered_kernel,
+    equal_parts,
+    is_coarse,
+    of_blocks,
+    without_means,
+)
 from haiku_mlp.structure.layers import Layer
 
 # A block of rows of a kernel is worth its overhead from this number on.
@@ -72,8 +78,7 @@ class Linearized:
         ]
         size = len(self.inputs[0])
         number = max(1, min(size // _BLOCK_ROWS, _MAX_BLOCKS))
-        ends = [size * i // number for i in range(number + 1)]
-        blocks = list(itertools.starmap(slice, itertools.pairwise(ends)))
+        blocks = equal_parts(size, number)
         kernel = of_blocks(lambda i, j: self._block(factors, blocks[i], blocks[j]), number)
         return centered_kernel(kernel) if centered else kernel
 

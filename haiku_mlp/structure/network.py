@@ -81,7 +81,7 @@ class Network:
         return multiplied(self.factors(sample, parts), parts)
 
     def factors(self, sample: Any, parts: Sequence[Part]) -> ParameterDerivatives:
-        """Returns them with factors for all that have some: Jacobians are larger."""
+        """Returns the same as ``derivatives``, with factors for all parameters that have some."""
         inputs = [jnp.asarray(a)[None] for a in jax.tree.leaves(sample)]
 
         def outputs(zeros: dict[int, Any], leaves: dict[int, Any]) -> tuple[jax.Array, Any]:
@@ -134,7 +134,7 @@ class Network:
 
 
 def multiplied(at: ParameterDerivatives, parts: Sequence[Part]) -> ParameterDerivatives:
-    """Returns the derivatives at one sample with factors only where they are not multiplied."""
+    """Returns derivatives with the factors multiplied of those parts that go by their Jacobian."""
     outputs, factors, jacobians = at.outputs, dict(at.factors), dict(at.jacobians)
     for part in parts:
         if part.products and not part.is_gram:

@@ -2,14 +2,13 @@
 
 import operator
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from haiku_mlp.sequence import after
-from haiku_mlp.structure.contraction import contract, of_blocks, transposed
+from haiku_mlp.structure.contraction import contract, equal_parts, of_blocks, transposed
 from haiku_mlp.structure.network import Network, ParameterDerivatives, Part, multiplied
 
 # From this number of multiply-adds of Jacobians on a kernel is made in so many blocks of rows.
@@ -27,7 +26,7 @@ def real_kernel(
       y: Other inputs ``(B', ...)`` for the columns; None: ``x``.
       chunk_size: Rows of the kernel, and samples whose derivatives are formed, at a time;
         None: all.
-      differences: Whether each derivative is less one that is the same for all samples.
+      differences: Whether one derivative, the same for all samples, is subtracted from each.
     """
     if y is None and chunk_size is None and _has_large_jacobians(network, x):
         return _kernel_by_blocks(network, x, differences)
@@ -69,8 +68,8 @@ def _kernel_by_blocks(network: Network, x: Any, differences: bool) -> jax.Array:
     parts, num_samples = network.parts, jax.tree.leaves(x)[0].shape[0]
     number = min(_MAX_BLOCKS, num_samples)
     at = jax.vmap(lambda sample: network.factors(sample, parts))(x)
-    ends = [num_samples * i // number for i in range(number + 1)]
-    factors = [jax.tree.map(operator.itemgetter(slice(*pair)), at) for pair in pairwise(ends)]
+    cuts = map(operator.itemgetter, equal_parts(num_samples, number))
+    factors = [jax.tree.map(cut, at) for cut in cuts]
     blocks = [jax.vmap(lambda one: multiplied(one, parts))(block) for block in factors]
     means = _means(blocks[0]) if differences else None
     blocks = [_less(block, means) for block in blocks]

@@ -102,8 +102,8 @@ def tangent_kernel(
 
     Raises:
       TypeError: ``function`` returns anything but an array of real or complex numbers.
-      ValueError: The array is not ``(B,)`` or ``(B, O)``, ``chunk_size`` is not positive, or
-        ``centered`` is given with ``y``.
+      ValueError: The array is not ``(B,)`` or ``(B, O)``, ``chunk_size`` is not positive,
+        ``y`` has samples of other shapes than ``x``, or ``centered`` is given with ``y``.
 
     Example::
 
