@@ -41,9 +41,11 @@ class Case(NamedTuple):
     kind: str
     num_spins: int
     hidden: tuple[int, ...]
+    num_chains: int = NUM_CHAINS
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.num_spins}, hidden {' x '.join(map(str, self.hidden))}"
+        chains = "" if self.num_chains == NUM_CHAINS else f", {self.num_chains} chains"
+        return f"{self.kind} {self.num_spins}, hidden {' x '.join(map(str, self.hidden))}{chains}"
 
 
 ITERATIONS = [
@@ -67,6 +69,7 @@ PROPOSALS = [
     Case("Ising", 64, (256,)),
     Case("Ising", 128, (512,)),
     Case("Ising", 256, (256,)),
+    Case("Ising", 128, (512,), num_chains=1024),
     Case("Ising", 64, (256, 256)),
     Case("Heisenberg", 64, (64,)),
     Case("Heisenberg", 64, (256, 256)),
@@ -82,10 +85,10 @@ def system(case: Case) -> tuple[Any, Any]:
     chain = nk.graph.Chain(case.num_spins)
     if case.kind == "Ising":
         hilbert = nk.hilbert.Spin(0.5, case.num_spins)
-        sampler = nk.sampler.MetropolisLocal(hilbert, n_chains=NUM_CHAINS)
+        sampler = nk.sampler.MetropolisLocal(hilbert, n_chains=case.num_chains)
         return nk.operator.IsingJax(hilbert, chain, h=1.0), sampler
     hilbert = nk.hilbert.Spin(0.5, case.num_spins, total_sz=0)
-    sampler = nk.sampler.MetropolisExchange(hilbert, graph=chain, n_chains=NUM_CHAINS)
+    sampler = nk.sampler.MetropolisExchange(hilbert, graph=chain, n_chains=case.num_chains)
     return nk.operator.Heisenberg(hilbert, chain).to_jax_operator(), sampler
 
 
@@ -236,8 +239,8 @@ def proposal_rows(budget: float) -> Iterator[tuple[str, ...]]:
         }
         states = {name: state_of(model, sampler_) for name, sampler_ in samplers.items()}
         times = seconds({name: state.sample for name, state in states.items()}, budget=budget)
-        proposals = sampler.sweep_size * NUM_SAMPLES // NUM_CHAINS
-        floor = proposals * machine.after_the_first_layer(NUM_CHAINS, case.hidden)
+        proposals = sampler.sweep_size * NUM_SAMPLES // case.num_chains
+        floor = proposals * machine.after_the_first_layer(case.num_chains, case.hidden)
         for name, series in times.items():
             micro = 1e6 * statistics.median(series) / proposals
             what = f"{micro:.0f} us a proposal"
