@@ -24,7 +24,7 @@ _BY_POSITION = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIO
 
 
 class Slot(str):
-    """Stands for a Flax module among the arguments: its key among the modules."""
+    """A placeholder for a Flax module among the arguments: its key among the modules."""
 
 
 class Given:
@@ -71,7 +71,7 @@ class Given:
         return self._bound(self.arguments(modules), defaults=True).arguments[name]
 
     def construct(self, name: str | None, modules: Modules) -> hk.Module:
-        """Returns a new Haiku module, ``name`` or that of its class given where one is needed."""
+        """Returns a new Haiku module; a required ``name`` is this one or that of its class."""
         arguments = self.arguments(modules)
         parameter = _signature(self._class).parameters.get("name")
         if parameter is not None and parameter.default is parameter.empty:
@@ -80,7 +80,7 @@ class Given:
         return self._class(*bound.args, **bound.kwargs)
 
     def module_name(self, name: str | None, modules: Modules) -> str:
-        """Returns what Haiku calls the module, which shows when it is constructed."""
+        """Returns the Haiku name of the module, which only its construction tells."""
         if name not in self._module_names:
             found: list[str] = []
             net = hk.transform_with_state(
@@ -124,7 +124,7 @@ class Given:
 
 
 def _view(value: Any) -> Any:
-    """Returns what stands for a value in comparisons: hashable, with all types in it."""
+    """Returns a hashable view of a value, for comparisons in which types count."""
     content = value
     if isinstance(value, np.ndarray):
         content = value.dtype, value.shape, value.tobytes()

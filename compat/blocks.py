@@ -33,14 +33,14 @@ _LAYER_FIELDS = "use_bias", "param_dtype", "precision", "kernel_init", "bias_ini
 
 
 class Perceptron(Mirrored):
-    """What the MLP and its block share: NetKet's names, and rows that are Flax's to name."""
+    """What the MLP and its block share: NetKet's names, and rows that Flax names."""
 
     _compact = True
 
     def tangent_kernel(
         self, x: jax.Array, y: jax.Array | None = None, *, chunk_size: int | None = None
     ) -> jax.Array:
-        """Returns the tangent kernel, of the parameters that Flax activations own too.
+        """Returns the tangent kernel; parameters that Flax activations own count, too.
 
         See :meth:`haiku_mlp.MLP.tangent_kernel` and :meth:`haiku_mlp.blocks.MLP.tangent_kernel`.
         """

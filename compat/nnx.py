@@ -161,7 +161,7 @@ class MLP(Face, haiku=haiku_mlp.MLP):
 
 @dataclasses.dataclass(frozen=True)
 class _Boxed:
-    """An initializer in whose place Linen can be: NNX's metadata come in a box."""
+    """An initializer that Linen can call: metadata of NNX's become a box."""
 
     init: Callable[..., Any]
 
@@ -371,7 +371,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _make(face_class: type[Mirrored], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mirrored:
-    """Returns a Linen face; its fields for a parent and a name are none of NNX's."""
+    """Returns a Linen face; ``parent`` and ``name`` are refused."""
     copied((args, kwargs), _refuse_module)
     parameters = inspect.signature(face_class).parameters.values()
     own = [p for p in parameters if p.name not in ("parent", "name")]

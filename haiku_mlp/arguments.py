@@ -152,7 +152,7 @@ def is_of_its_call(cls: type, method: str, *, unwrapped: bool = False) -> bool:
 
 
 def check_is_of_its_call(module: object, method: str) -> None:
-    """Raises for what follows from the layers of a module that adds something of its own."""
+    """Raises if a class overrides ``__call__`` and not the method that follows from it."""
     if not is_of_its_call(type(module), method, unwrapped=True):
         raise OtherCallError(
             f"{type(module).__name__} overrides __call__ but inherits {method}, which follows the "

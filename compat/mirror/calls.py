@@ -55,14 +55,14 @@ class Place:
         return before
 
     def is_same_transform(self) -> bool:
-        """Returns whether this transform runs now; it gives the modules their names."""
+        """Returns whether the transform of the start runs now: modules have their names from it."""
         context = haiku_context()
         if self._next is not None and context is not self._next:
             self._context, self._next = context, None
         return context is self._context
 
     def is_here(self) -> bool:
-        """Returns whether this transform runs now, in the trace of its start."""
+        """Returns whether the transform of the start runs now, in the same trace."""
         return tracers.current_trace() == self._trace and self.is_same_transform()
 
 
@@ -70,13 +70,13 @@ _running: contextvars.ContextVar[tuple[Watcher, Place]] = contextvars.ContextVar
 
 
 def watcher() -> Any:
-    """Returns the watcher of the Haiku code that calls, or None where none sees it."""
+    """Returns the watcher of the run that the calling code is in; None in another place."""
     watcher, place = _running.get((None, None))
     return watcher if place is not None and place.is_here() else None
 
 
 def place() -> Place:
-    """Returns the place of the run of which the code that calls is part."""
+    """Returns the place of the run that the calling code is in."""
     return _running.get()[1]
 
 
@@ -102,7 +102,7 @@ class Calls:
 
     @contextlib.contextmanager
     def watched(self, watcher: Watcher) -> Iterator[Place]:
-        """Returns the context of the run, in the place of which it is entered."""
+        """Watches the code inside; yields the place, where the context is entered."""
         place = Place()
         with contextlib.ExitStack() as stack:
             stack.callback(_running.reset, _running.set((watcher, place)))

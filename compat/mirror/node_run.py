@@ -170,7 +170,7 @@ class Run:
         return path, None if path is None else self._find(path)
 
     def _is_own(self, node: Any, path: Path | None) -> bool:
-        """Returns whether the code of a node is the one that this run has at a path."""
+        """Returns whether a node is the model's own at a path, not a replacement."""
         is_there = isinstance(node, StandIn) and node._path == path
         return is_there and node._source == self._node._source
 
@@ -213,7 +213,7 @@ _sent: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("sent", 
 
 
 def sent_to(node: StandIn, method: str) -> Call | None:
-    """Returns what makes the call that is on its way to ``node``, or the node it is a copy of."""
+    """Returns what makes the call that was sent to ``node``, or to the node it is a copy of."""
     sent = _sent.get()
     return functools.partial(sent[1], node) if sent[0] == _address(node, method) else None
 
@@ -232,7 +232,7 @@ def _sending(*sent: Any) -> Iterator[None]:
 
 
 def _as_called(native: Callable[..., Any], method: Callable[..., Any]) -> Call:
-    """Returns a module's method as Haiku calls that of the module in whose place it is.
+    """Returns the method of a replacement, as it is called with the arguments of Haiku's.
 
     A native module takes no ``is_training``; it has ``train()`` and ``eval()``.
     """

@@ -102,7 +102,7 @@ class Node(StandIn, metaclass=NodeClass):
 
 
 def _stream(rngs: Any) -> nnx.RngStream | jax.Array | None:
-    """Returns what a call draws its key from: what ``nnx.Dropout`` takes, too."""
+    """Returns the stream or key of a call's ``rngs``, of a type that ``nnx.Dropout`` takes."""
     if rngs is None or isinstance(rngs, nnx.RngStream | jax.Array):
         return rngs
     if not isinstance(rngs, nnx.Rngs):

@@ -172,7 +172,7 @@ class Values:
     def _find(
         self, collection: str, context: hk.GetterContext, value: Any = None
     ) -> tuple[Scope, str]:
-        """Returns scope and Flax name of the value that is asked for now; of a new one, given."""
+        """Returns scope and Flax name of the value that Haiku asks for, or of a new ``value``."""
         module_name, name = _haiku_names(context)
         scope = self.scope(module_name)
         key = self.names.flax_name(collection, module_name, name, value)
@@ -206,7 +206,7 @@ def _in_scope(init: Call, scope: Scope) -> Call:
 
 
 def _as_before(old: Any, new: Any) -> Any:
-    """Returns a value in the boxes of the one before it, which may have had other parts."""
+    """Returns a value in the boxes of the one before it, if its structure is still the same."""
     before: Any = jax.tree.structure(meta.unbox(old))
     return meta.replace_boxed(old, new) if before == jax.tree.structure(new) else new
 

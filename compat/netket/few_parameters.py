@@ -1,4 +1,4 @@
-"""The step of stochastic reconfiguration from a system as large as the parameters are many."""
+"""The step of stochastic reconfiguration from the linear system of the parameters."""
 
 import functools
 from collections.abc import Callable

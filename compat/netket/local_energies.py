@@ -59,7 +59,7 @@ def _in_chunks(
 
 
 def _is_netkets(state: MCState, operator: Any) -> bool:
-    """Returns whether NetKet's own method for operators in JAX answers, and no one else's."""
+    """Returns whether the dispatch leads to NetKet's own method for operators in JAX."""
     if not isinstance(operator, DiscreteJaxOperator) or is_ours(state):
         return False
     stock = get_local_kernel.invoke(MCState, DiscreteJaxOperator)
@@ -67,7 +67,7 @@ def _is_netkets(state: MCState, operator: Any) -> bool:
 
 
 def is_ours(state: Any) -> bool:
-    """Returns whether the methods registered here answer for the state."""
+    """Returns whether the dispatch leads to the methods registered here."""
     return isinstance(state, MCState) and mlp_of(state) is not None
 
 

@@ -238,7 +238,7 @@ def _joined(parts: list[tuple[Any, Any]]) -> tuple[Any, Any]:
 
 
 def _of_chains(state: Any) -> tuple[jax.Array, ...]:
-    """Returns what a state of NetKet has for each chain."""
+    """Returns the parts of NetKet's state that have an entry for each chain."""
     return state.σ, state.log_prob, state.n_accepted_proc
 
 

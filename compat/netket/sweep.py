@@ -27,7 +27,7 @@ def keys_of_sweep(rng: jax.Array, sweep_size: int) -> tuple[jax.Array, jax.Array
 
 
 def sweep_of(network: tuple[Layer, ...], moves: Proposals, *, screened: bool) -> Any:
-    """Returns the sweep as a function of arrays alone, which a device has its part of."""
+    """Returns the sweep as a function of arrays alone: each device can sweep its own part."""
 
     def sweep(
         weights: Any,

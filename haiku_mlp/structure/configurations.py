@@ -131,7 +131,7 @@ def _packed(mask: jax.Array, num_padding: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _choices(most: jax.Array, num_inputs: int) -> list[tuple[int | None, jax.Array]]:
-    """Returns to how many changes the first layer is updated, and when; None: by a product."""
+    """Returns pairs: by so many changes the first layer is updated (None: by a product), where."""
     numbers = [n for n in _NUMBERS if n * _INPUTS_PER_CHANGE <= num_inputs]
     bounds = [0, *numbers]
     choices: list[tuple[int | None, jax.Array]] = [

@@ -98,7 +98,7 @@ def _map_shards(
     entries: int,
     *samples: jax.Array,
 ) -> Any:
-    """Maps on each device over its own samples: an Explicit mesh asks where all else goes."""
+    """Maps on each device over its own samples, where an Explicit mesh forbids a loop over all."""
     sharding = jax.typeof(samples[0]).sharding
     mesh, batch = sharding.mesh, PartitionSpec(*sharding.spec[:num_axes])
     # A shard_map takes arrays of such a mesh as arguments only, activations not at all.

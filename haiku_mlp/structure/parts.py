@@ -67,7 +67,7 @@ def parts(leaves: Sequence[jax.Array], survey: Survey, num_outputs: int) -> list
 
 
 def num_reals(leaf: jax.Array, product: Product) -> int:
-    """Returns of how many real products with a real parameter a product is the real part."""
+    """Returns how many real products make the real part of a product with a real parameter."""
     is_split = jnp.issubdtype(product.dtype, jnp.complexfloating) and not jnp.iscomplexobj(leaf)
     return 2 if is_split and product.inputs is not None else 1
 

@@ -52,7 +52,7 @@ def real_kernel(
 
 
 def _has_large_jacobians(network: Network, x: Any) -> bool:
-    """Returns whether their products take so long that a larger program with fewer is worth it."""
+    """Returns whether products of Jacobians are worth a larger program with fewer of them."""
     num_samples = jax.tree.leaves(x)[0].shape[0]
     is_one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
     if not is_one_cpu or not isinstance(num_samples, int):  # jax.export has symbolic sizes

@@ -134,7 +134,7 @@ def _kernel(
     x: Any,
     y: Any,
 ) -> jax.Array:
-    """Returns the kernel of the derivatives, or of differences from the same for all samples."""
+    """Returns the kernel, as ``differences`` of derivatives less one that all samples share."""
     params, x, y = jax.tree.map(jnp.asarray, (params, x, y))
     if y is not None:
         _check_same_program(x, y)
