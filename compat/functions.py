@@ -75,7 +75,8 @@ def _function(pair: hk.Transformed | hk.TransformedWithState) -> Callable[..., A
 
     def function(*args: Any, **kwargs: Any) -> Any:
         keys = hk.maybe_get_rng_sequence_state() or (None,)
-        hk.maybe_next_rng_key()  # the key is used up
+        if takes_key or hk.running_init():
+            hk.maybe_next_rng_key()  # the key is used up
         first = keys[:takes_key]
         with place().handed_over() as take_over:
             if isinstance(pair, hk.Transformed):

@@ -14,7 +14,8 @@ A call updates the state.  It draws random keys from the model's copy of the str
 ``dropout``, and only if Haiku draws, or hands its key on (``hk.scan``): a deterministic
 model may be closed over by ``jax.jit``.  ``rngs`` in a call takes the place of that stream:
 ``nnx.Rngs(...)``, one of its streams or a key.
-``is_training`` is what ``model.train()`` and ``model.eval()`` set, unless a call gives it.
+``is_training``, of all methods that take it, is what ``model.train()`` and ``model.eval()`` set,
+unless a call gives it.
 
 A submodule may be called by itself, where it needs no values but its own, and replaced, by
 a native module or one from another model: ``model.block.linear_0 = nnx.Linear(...)``.  That
@@ -61,7 +62,7 @@ from .mirror.copies import copied
 from .mirror.names import HaikuTree, Path, flatten, unflatten
 from .mirror.node_run import Run, put
 from .mirror.nodes import HaikuState as HaikuState
-from .mirror.nodes import Node, node_class, reserved
+from .mirror.nodes import Node, node_class, reserved, stream_of
 from .mirror.rows import Mirrored
 
 
@@ -87,7 +88,7 @@ class Face(Node):  # type: ignore[metaclass]
             )
         if not isinstance(rngs, nnx.Rngs):
             raise TypeError(f"rngs must be nnx.Rngs, got {type(rngs).__name__}: give nnx.Rngs(0)")
-        self._add_mode(function)
+        self._add_mode(function, *self._methods())
         kwargs = self._in_mode(function, example, {})
         arguments = abstract_call(*example, **kwargs)
         layout = find_layout(face, method, arguments, reserved)
@@ -103,8 +104,21 @@ class Face(Node):  # type: ignore[metaclass]
         for (collection, module_name, name), path in layout.values.items():
             array = trees[collection][module_name][name]
             setattr(self._at(path[:-1]), path[-1], _variable(_TYPES[collection], array))
-        if layout.draws and {"dropout", "default"} & {*rngs}:
+        draws = layout.draws or self._draws_in_training(function, example)
+        if draws and stream_of(rngs) is not None:
             self.rngs = rngs.dropout.fork()
+
+    def _draws_in_training(self, function: Callable[..., Any], example: tuple[Any, ...]) -> bool:
+        """Returns whether a call like the example's would draw after ``train()``."""
+        if not getattr(self, "deterministic", False):
+            return False
+        face, method = self._source.face, self._source.method
+        kwargs = {**self._in_mode(function, example, {}), "is_training": True}
+        try:
+            arguments = abstract_call(*example, **kwargs)
+            return find_layout(face, method, arguments, reserved).draws
+        except Exception:  # training may take other arguments, too
+            return False
 
     def _at(self, path: Path) -> Any:
         return functools.reduce(getattr, path, self)
@@ -219,6 +233,9 @@ class HaikuFunction(Face):
 
     def _function(self, method: str) -> Callable[..., Any]:
         return self._source.face._haiku()
+
+    def _methods(self) -> list[Callable[..., Any]]:
+        return []
 
 
 # Arguments whose names the constructor has for itself.

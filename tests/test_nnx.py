@@ -710,11 +710,52 @@ def test_code_that_may_do_without_a_key_gets_one(function):
         assert (expected != X).any()
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_model_that_draws_in_training_alone(mode):
+    """It is made in the mode that is Haiku's default, and has a stream all the same."""
+
+    def function(x, is_training=False):
+        return optional_dropout(x) if is_training else x
+
+    model = compat_nnx.HaikuFunction(function, example=(X,), rngs=nnx.Rngs(0))
+    getattr(model, mode)()
+    assert (model(X) != X).any() == (mode == "train")
+    assert model.rngs.count[...] == (mode == "train")
+
+
+def test_a_stream_that_others_draw_from():
+    """A replacement and the model itself draw different keys; none draws the same one again."""
+
+    def noise(x):
+        return jax.random.normal(hk.next_rng_key(), x.shape)
+
+    class Noise(hk.Module):
+        def __call__(self, x):
+            return noise(x)
+
+    class NativeNoise(nnx.Module):
+        def __init__(self, stream):
+            self.stream = stream
+
+        def __call__(self, x):
+            return jax.random.normal(self.stream(), x.shape)
+
+    for draws in (lambda x: noise(x) + 0 * x, lambda x: x):
+        net = lambda x, draws=draws: (draws(x), Noise()(x))  # noqa: E731
+        model = compat_nnx.HaikuFunction(net, example=(X,), rngs=nnx.Rngs(0))
+        model.noise = NativeNoise(model.rngs)
+        results = [model(X) for _ in range(3)]
+        drawn = [a for pair in results for a in pair if not (a == X).all()]
+        assert len({a.tobytes() for a in map(np.asarray, drawn)}) == len(drawn) >= 3
+
+
 def test_a_model_may_have_no_stream():
     model = compat_nnx.HaikuFunction(optional_dropout, example=(X,), rngs=nnx.Rngs(params=0))
     assert (model(X) == X).all()
     model = compat_nnx.HaikuFunction(own_use_of_the_key, example=(X,), rngs=nnx.Rngs(params=0))
     assert_identical(model(X, rngs=KEY), hk.transform(own_use_of_the_key).apply({}, KEY, X))
+    model = compat_nnx.HaikuFunction(optional_dropout, example=(X,), rngs=nnx.Rngs(0))
+    assert (model(X, rngs=nnx.Rngs(params=0)) == X).all()
 
 
 @pytest.mark.parametrize("make", [make_mlp, make_net])

@@ -81,6 +81,140 @@ def test_state_that_the_example_does_not_make_is_an_error():
         model(X, False)
 
 
+def count(x):
+    number = hk.get_state("number", (), init=jnp.zeros)
+    hk.set_state("number", number + 1)
+    return x + number
+
+
+class Count(hk.Module):
+    def __call__(self, x):
+        return count(x)
+
+
+def compiled_pair():
+    net = hk.transform_with_state(count)
+    return hk.TransformedWithState(net.init, jax.jit(net.apply))
+
+
+def compiled_inside():
+    inner = hk.transform_with_state(count)
+    apply = jax.jit(inner.apply)
+
+    def function(x):
+        lifted, updater = hk.lift_with_state(inner.init, name="inner")
+        params, state = lifted(None, x)
+        output, state = apply(params, state, None, x)
+        updater.update(state)
+        return output
+
+    return function
+
+
+def without_a_setter(x):
+    inner = hk.transform_with_state(lambda x: hk.get_state("number", (), init=jnp.ones) * x)
+    lifted, updater = hk.transparent_lift_with_state(inner.init)
+    _, state = lifted(None, x)
+    updater.update(jax.tree.map(lambda number: 2 * number, state))
+    return state["~"]["number"]
+
+
+@pytest.mark.parametrize("make", [compiled_pair, compiled_inside, lambda: without_a_setter])
+def test_state_that_no_setter_writes(make):
+    """JAX has compiled the code before, or Haiku hands the state over as a whole."""
+    x, net = jnp.zeros(()), make()
+    model = compat_nnx.HaikuFunction(net, example=(x,), rngs=nnx.Rngs(0))
+    plain = net if isinstance(net, hk.TransformedWithState) else hk.transform_with_state(net)
+    params, state = plain.init(None, x)
+    for _ in range(3):
+        output, state = plain.apply(params, state, None, x)
+        assert_identical(model(x), output)
+
+
+def test_state_that_comes_to_nothing_is_not_written():
+    def function(x):
+        hk.eval_shape(count, x)
+        return x + hk.get_state("number", (), init=jnp.zeros)
+
+    model = compat_nnx.HaikuFunction(function, example=(X,), rngs=nnx.Rngs(0))
+    assert (jax.jit(lambda x: model(x))(X) == X).all()
+
+
+def test_one_state_in_two_places_is_an_error():
+    def net(x):
+        return Count(name="b")(Count(name="a")(x))
+
+    x = jnp.zeros(())
+    model = compat_nnx.HaikuFunction(net, example=(x,), rngs=nnx.Rngs(0))
+    a, model.a = model.a, model.b
+    with pytest.raises(ValueError, match=r"b.number has changed during the call, .*nnx.clone"):
+        model(x)
+    model.a, a.number = a, model.b.number
+    with pytest.raises(ValueError, match=r"b.number has changed during the call, .*nnx.clone"):
+        model(x)
+    model = compat_nnx.HaikuFunction(net, example=(x,), rngs=nnx.Rngs(0))
+    model.a = nnx.clone(model.b)
+    assert [float(model(x)) for _ in range(3)] == [0, 2, 4]
+
+
+def test_state_of_another_submodule_is_not_made_anew():
+    class Block(hk.Module):
+        def __init__(self, inner, name=None):
+            super().__init__(name)
+            self.inner = inner
+
+        def __call__(self, x):
+            return self.inner(x)
+
+    class Outer(hk.Module):
+        def __call__(self, x):
+            return Block(Count())(x)
+
+    x = jnp.zeros(())
+    model = compat_nnx.wrap(Outer)(example=(x,), rngs=nnx.Rngs(0))
+    assert [float(model(x)) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"new state, 'number' of .* call the model"):
+        model.block(x)
+
+
+class Modes(hk.Module):
+    def at_rest(self, x, is_training=False):
+        return self(x, is_training)
+
+    def __call__(self, x, is_training=True):
+        return -x if is_training else x
+
+    def features(self, x):
+        return x
+
+    def both(self, x, is_training):
+        return self(x, is_training)
+
+
+@pytest.mark.parametrize("method", ["features", "both", lambda module, x: module(x)])
+def test_a_mode_is_for_all_methods(method):
+    class OfModes(hk.Module):
+        def run(self, x, is_training=True):
+            return Modes()(x, is_training)
+
+    model = compat_nnx.wrap(Modes)(example=(X,), rngs=nnx.Rngs(0), method=method)
+    other = compat_nnx.HaikuFunction(lambda x: OfModes().run(x), example=(X,), rngs=nnx.Rngs(0))
+    for sign in (-1, 1):
+        for call in (model, model.both, model.at_rest, other.of_modes.run):
+            assert (call(X) == sign * X).all()
+        model.eval()
+        other.eval()
+
+
+@pytest.mark.parametrize("transform", [hk.transform, hk.transform_with_state])
+@pytest.mark.parametrize("changed", [lambda pair: pair, hk.without_apply_rng])
+def test_a_pair_without_draws_may_be_closed_over(transform, changed):
+    pair = changed(transform(lambda x: hk.Linear(3)(x)))
+    model = compat_nnx.HaikuFunction(pair, example=(X,), rngs=nnx.Rngs(0))
+    assert_identical(jax.jit(lambda x: model(x))(X), jax.jit(lambda m, x: m(x))(model, X))
+    assert hasattr(model, "rngs") == (changed is not hk.without_apply_rng)
+
+
 def test_an_other_modules_code_runs_in_its_place():
     model, other = make_mlp(), make_mlp(hidden_activations=jnp.tanh)
     model.block = other.block

@@ -113,6 +113,18 @@ def test_class():
     assert "init" not in vars(WrappedLayers)
 
 
+def test_a_class_survives_copies_by_value():
+    class Local(hk.Module):
+        def __call__(self, x):
+            return x
+
+    classes = compat.wrap(Local), compat_nnx.wrap(Local)
+    models = classes[0](), classes[1](example=(1.0,), rngs=nnx.Rngs(0))
+    copies = cloudpickle.loads(cloudpickle.dumps((Local, *models)))
+    assert (Local, *classes) == (copies[0], *map(type, copies[1:]))
+    assert classes == (compat.wrap(Local), compat_nnx.wrap(Local))
+
+
 @pytest.mark.slow
 def test_cloudpickle_in_another_process(run_fresh, tmp_path):
     path = tmp_path / "model"

@@ -2,6 +2,8 @@
 
 import functools
 import threading
+import uuid
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -12,10 +14,22 @@ _lock = threading.RLock()
 
 
 class _Results(dict[Any, Any]):
-    """The results; a pickled class leaves them behind."""
+    """The results; a class that is pickled by value leaves them behind, in another process."""
+
+    def __init__(self) -> None:
+        self._token = uuid.uuid4().hex
+        _alive[self._token] = self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Results, ()
+        return _find, (self._token,)
+
+
+_alive: weakref.WeakValueDictionary[str, _Results] = weakref.WeakValueDictionary()
+
+
+def _find(token: str) -> _Results:
+    found = _alive.get(token)
+    return _Results() if found is None else found
 
 
 def per_class(function: F) -> F:

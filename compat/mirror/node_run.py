@@ -10,12 +10,13 @@ import contextlib
 import contextvars
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import haiku as hk
 import jax
-from flax import nnx
+from flax import errors, nnx
 
 from .attributes import SILENT, Source
 from .calls import Call, Calls, watcher
@@ -89,8 +90,9 @@ class Run:
             return function(*args, **kwargs)
 
         self._alone = alone
+        loaded = self.load()
         try:
-            output, state = transformed.apply(*self.load().values(), key, body)
+            output, state = transformed.apply(*loaded.values(), key, body)
         except ValueError as error:
             # A parameter that is missing makes its initializer draw, which misses a key then.
             if is_missing_parameter(error):
@@ -107,13 +109,18 @@ class Run:
                 )
             raise
         self._check_replaced(self.calls.classes.keys() - self._sent)
-        self._keep(state)
+        self._keep(loaded["state"], state)
         return output
 
     def needs_key(self) -> bool:
         """Returns whether the code fails without a key; ``hk.scan`` and the like hand it on."""
+
+        def alone() -> Any:
+            with Calls(is_sending=False).watched(self):
+                return self._alone()
+
         try:
-            jax.eval_shape(lambda: transformed.apply(*self.load().values(), None, self._alone))
+            jax.eval_shape(lambda: transformed.apply(*self.load().values(), None, alone))
         except Exception:  # it may be for want of a submodule that has been replaced
             return True
         return False
@@ -193,19 +200,30 @@ class Run:
         self._written.add(context.name)
         return next_setter(value)
 
-    def _keep(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Puts the state that the code wrote into the nodes."""
+    def _keep(self, loaded: HaikuTree, state: HaikuTree) -> None:
+        """Puts the state that the call changed into the nodes."""
         for module_name, name, value in hk.data_structures.traverse(state):
-            if name.rpartition("/")[2] not in self._written:
-                continue
             path = self._layout.values.get(("state", module_name, name))
-            if path is None:
+            if path is None or name not in loaded.get(module_name, {}):
                 raise ValueError(
-                    f"the call made new state, {name!r} of {module_name!r}: give an example "
-                    "that makes it"
+                    f"the call made new state, {name!r} of {module_name!r}: give an example that "
+                    "makes it; or, if it is of another submodule, call the model"
                 )
-            if path[: len(self._node._path)] == self._node._path:
-                put(self._find(path), value)
+            old, variable = loaded[module_name][name], self._find(path)
+            if path[: len(self._node._path)] != self._node._path or _is_same(value, old):
+                continue
+            now = get(variable)
+            if now is not old and now is get(variable):  # that of a jax.Ref is new each time
+                raise ValueError(
+                    f"{'.'.join(path)} has changed during the call, from another place: give each "
+                    "place a Variable of its own (nnx.clone), since Haiku keeps values for a call"
+                )
+            try:
+                put(variable, value)
+            except errors.TraceContextError:
+                # Closed over, where an inner transform (hk.scan) hands back what it only read.
+                if name.rpartition("/")[2] in self._written:
+                    raise
 
 
 # Where a call is on its way to, and what makes it there.
@@ -245,6 +263,13 @@ def _as_called(native: Callable[..., Any], method: Callable[..., Any]) -> Call:
         return native(*bound.args, **bound.kwargs)
 
     return call
+
+
+def _is_same(new: Any, old: Any) -> bool:
+    """Returns whether a value has not been changed: its arrays are the same objects."""
+    trees: Any = map(jax.tree.flatten, (new, old))
+    (arrays, structure), (others, old_structure) = trees
+    return structure == old_structure and all(map(operator.is_, arrays, others))
 
 
 def get(variable: Any) -> Any:

@@ -3,6 +3,7 @@
 import copyreg
 import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from .attributes import Source
 from .caching import per_class
 from .calls import public_methods, run_method
 from .names import Path
-from .node_run import FLAX_METHODS, Run, StandIn, sent_to
+from .node_run import FLAX_METHODS, Run, StandIn, get, put, sent_to
 
 
 class HaikuState(nnx.Variable):
@@ -55,13 +56,21 @@ class Node(StandIn, metaclass=NodeClass):
     def __init__(self, source: Source, path: Path):
         self._source = source
         self._path = path
-        if callable(self):
-            self._add_mode(self._function("__call__"))
+        self._add_mode(*self._methods())
 
-    def _add_mode(self, function: Callable[..., Any]) -> None:
-        """Adds what ``eval()`` and ``train()`` set, if the function takes ``is_training``."""
-        parameter = inspect.signature(function).parameters.get("is_training")
-        if parameter is not None:
+    def _methods(self) -> list[Callable[..., Any]]:
+        """Returns functions with the signatures of the Haiku methods, ``__call__`` first."""
+        names = sorted(public_methods(self._haiku_class), key=lambda name: name != "__call__")
+        return list(map(self._function, names))
+
+    def _add_mode(self, *functions: Callable[..., Any]) -> None:
+        """Adds what ``eval()`` and ``train()`` set, if one of the functions takes ``is_training``.
+
+        At first it is the default of the first one that does.
+        """
+        all_parameters = (inspect.signature(function).parameters for function in functions)
+        found = (of["is_training"] for of in all_parameters if "is_training" in of)
+        for parameter in itertools.islice(found, 1):
             self.deterministic = parameter.default is False
 
     def _in_mode(
@@ -87,21 +96,28 @@ class Node(StandIn, metaclass=NodeClass):
         function = self._function(method)
         is_of_haiku = "rngs" in inspect.signature(function).parameters
         given = None if is_of_haiku else kwargs.pop("rngs", None)
-        stream = _stream(getattr(self, "rngs", None) if given is None else given)
+        stream = stream_of(getattr(self, "rngs", None) if given is None else given)
         kwargs = self._in_mode(function, args, kwargs)
         run = Run(self)
-        key = nnx.clone(stream)() if isinstance(stream, nnx.RngStream) else stream
-        output = run(lambda: self._source.haiku(self._path), method, args, kwargs, key)
-        if run.drew and isinstance(stream, nnx.RngStream):
-            try:
-                stream()  # counts; a call that draws nothing leaves the stream as it is
-            except errors.TraceContextError:
-                if run.needs_key():
-                    raise
+        call = functools.partial(run, lambda: self._source.haiku(self._path), method, args, kwargs)
+        if not isinstance(stream, nnx.RngStream):
+            return call(stream)
+        before = get(stream.count)
+        try:
+            key = stream()
+        except errors.TraceContextError:  # closed over, where no call may draw
+            output = call(nnx.clone(stream)())
+            if run.drew and run.needs_key():
+                raise
+            return output
+        after = get(stream.count)
+        output = call(key)
+        if not run.drew and get(stream.count) is after:  # which others may have, too
+            put(stream.count, before)
         return output
 
 
-def _stream(rngs: Any) -> nnx.RngStream | jax.Array | None:
+def stream_of(rngs: Any) -> nnx.RngStream | jax.Array | None:
     """Returns the stream or key of a call's ``rngs``, of a type that ``nnx.Dropout`` takes."""
     if rngs is None or isinstance(rngs, nnx.RngStream | jax.Array):
         return rngs
@@ -110,7 +126,7 @@ def _stream(rngs: Any) -> nnx.RngStream | jax.Array | None:
             f"rngs must be nnx.Rngs, a stream of it or a key, got {type(rngs).__name__}: give "
             "nnx.Rngs(0)"
         )
-    return rngs.dropout
+    return rngs.dropout if {"dropout", "default"} & {*rngs} else None
 
 
 def reserved(hk_cls: type[hk.Module]) -> set[str]:
