@@ -23,6 +23,8 @@ from haiku_mlp.structure import layers
 
 SAMPLES, SITES = 5, 8  # at which one change is an update of the first layer
 DAMPING = 0.1
+ONES = np.ones(SITES)
+WEIGHTS = np.linspace(0.5, 2, SITES)  # of the inputs, as one over their masses
 
 
 def own_parameter(z):
@@ -132,15 +134,15 @@ def all_flipped(name):
     return jax.jit(forward)(params, x[:, None] * (1 - 2 * np.eye(SITES))[None])
 
 
-def derivatives(name):
+def derivatives(name, weights=ONES):
     forward, params, x = in_float64(name)
 
     def of_one(x):
         return forward(params, x[None])[0]
 
     def of_each(x):
-        hessian = jax.vmap(jax.hessian(of_one))(x)
-        return forward(params, x), jax.vmap(jax.grad(of_one))(x), jnp.trace(hessian, 0, 1, 2)
+        second = jax.vmap(lambda x: jnp.diagonal(jax.hessian(of_one)(x)))(x)
+        return forward(params, x), jax.vmap(jax.grad(of_one))(x), second @ weights
 
     return jax.jit(of_each)(x)
 
@@ -197,6 +199,10 @@ QUANTITIES = {
     "connected": Quantity(lambda net, p, x: net.connected(p, x, *flips(x)), all_flipped),
     "at_configurations": Quantity(at_flips, all_flipped, of_layers=True),
     "laplacian": Quantity(lambda net, *args: tuple(net.laplacian(*args)), derivatives),
+    "weighted laplacian": Quantity(
+        lambda net, *args: tuple(net.laplacian(*args, weights=WEIGHTS)),
+        lambda name: derivatives(name, WEIGHTS),
+    ),
     "natural_gradient": Quantity(step, parameter_space_step, without=("sharded",)),
 }
 

@@ -740,8 +740,11 @@ def test_a_stream_that_others_draw_from():
         def __call__(self, x):
             return jax.random.normal(self.stream(), x.shape)
 
-    for draws in (lambda x: noise(x) + 0 * x, lambda x: x):
-        net = lambda x, draws=draws: (draws(x), Noise()(x))  # noqa: E731
+    for own in (noise, lambda x: x):
+
+        def net(x, own=own):
+            return own(x), Noise()(x)
+
         model = compat_nnx.HaikuFunction(net, example=(X,), rngs=nnx.Rngs(0))
         model.noise = NativeNoise(model.rngs)
         results = [model(X) for _ in range(3)]

@@ -3,7 +3,6 @@
 import copyreg
 import functools
 import inspect
-import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -69,9 +68,9 @@ class Node(StandIn, metaclass=NodeClass):
         At first it is the default of the first one that does.
         """
         all_parameters = (inspect.signature(function).parameters for function in functions)
-        found = (of["is_training"] for of in all_parameters if "is_training" in of)
-        for parameter in itertools.islice(found, 1):
-            self.deterministic = parameter.default is False
+        found = next((of["is_training"] for of in all_parameters if "is_training" in of), None)
+        if found is not None:
+            self.deterministic = found.default is False
 
     def _in_mode(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
